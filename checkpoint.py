@@ -1,0 +1,209 @@
+"""Files that are whole or not there: model folders, and the checkpoints of a run.  Apart from runtime.py because every
+stage reads and writes them, also those that train nothing.
+
+A model folder holds model.safetensors, model_config.json and assets/ (files carried along unread: the tokenizer, the
+source's Hugging Face config).  A checkpoint out_dir/step_0000400/ is a model folder with masks.safetensors (of prune.py),
+optimizer.safetensors and state.json beside it, so whatever reads a model folder reads a checkpoint.  Nothing in it
+depends on the number of ranks, and nothing is pickled.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime import RunState
+from settings import TrainSettings, UserError, by_domain, check, check_same_domains, read_json
+
+
+def read_model_config(folder: str | Path, config_class: type, name: str = "model_config.json"):
+    """The ModelConfig of a model folder, or a prune.py checkpoint's "target_config.json".  Raises UserError."""
+    path = Path(folder) / name
+    check(Path(folder).is_dir(), f"model folder {folder} does not exist")
+    check(path.is_file(), f"{folder} has no {name}, so it is none of our model folders; "
+          "convert.py makes one from a Hugging Face checkpoint")
+    try:
+        return config_class.from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file.  Raises UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, one at a time: (name, tensor).  Names and shapes must be exactly `shapes`."""
+    check(path.is_file(), f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            got = set(file.keys())
+            missing, unexpected = sorted(shapes.keys() - got), sorted(got - shapes.keys())
+            check(not missing and not unexpected, f"{path}: missing tensors {missing[:3]} ({len(missing)}), "
+                  f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+            for name in shapes:
+                shape = tuple(file.get_slice(name).get_shape())
+                check(shape == tuple(shapes[name]), f"{path}: {name} has shape {shape}, not {tuple(shapes[name])}")
+            for name in shapes:
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Copy model.safetensors of a folder (or a file) into the model's parameters, whatever their device and dtype.
+
+    Returns the model.  Raises UserError on a missing, unexpected, misshapen or non-finite tensor.
+    """
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_tensors(path, {n: tuple(p.shape) for n, p in parameters.items()}):
+        check(bool(tensor.isfinite().all()), f"{path}: {name} holds NaN or infinite values")
+        parameters[name].copy_(tensor)
+    return model
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: fill the yielded one; it is synced, then renamed to `path`.
+
+    Raises UserError if `path` exists or cannot be written; on any error nothing is left behind.
+    """
+    path = Path(path)
+    check(not path.exists(), f"{path} exists already; remove it or choose another name")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for each in [*temporary.rglob("*"), temporary]:
+            fsync(each)
+        os.rename(temporary, path)
+        fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_model(folder: Path, tensors: dict[str, Tensor], config, assets: Path | None) -> None:
+    """Fill a folder of `new_folder` as a model folder: model.safetensors, model_config.json and assets/.
+
+    assets: a folder of files carried along unread (tokenizer, the Hugging Face config of the source), or None.
+    """
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / "model.safetensors")
+    (folder / "model_config.json").write_text(config.to_json())
+    if assets is not None and assets.is_dir():
+        shutil.copytree(assets, folder / "assets")
+
+
+# ---- checkpoints of a run
+
+
+def parameter_names(model: nn.Module, masks: nn.Module | None = None) -> dict[str, nn.Parameter]:
+    """Every trained parameter under the name it has in optimizer.safetensors."""
+    names = dict(model.named_parameters())
+    return names if masks is None else names | {f"masks.{name}": p for name, p in masks.named_parameters()}
+
+
+def save_checkpoint(out_dir: str | Path, state: RunState, *, model: nn.Module, model_config,
+                    optimizer: torch.optim.Optimizer, masks: nn.Module | None = None, target=None,
+                    assets: Path | None = None) -> Path:
+    """Write out_dir/step_*, whole or not at all; called on rank 0.  Returns the folder.  Raises UserError.
+
+    optimizer.safetensors holds `<parameter>.<exp_avg | exp_avg_sq | step>`; masks.safetensors the state of l0.L0, and
+    target_config.json the shape that its counts lead to.
+    """
+    folder = Path(out_dir) / f"step_{state.step:07d}"
+    with new_folder(folder) as temporary:
+        write_model(temporary, dict(model.named_parameters()), model_config, assets)
+        if masks is not None:
+            save_file(masks.state_dict(), temporary / "masks.safetensors")
+            (temporary / "target_config.json").write_text(target.to_json())
+        moments = {f"{name}.{key}": value for name, p in parameter_names(model, masks).items()
+                   for key, value in optimizer.state[p].items()}
+        save_file({name: t.detach().contiguous().cpu() for name, t in moments.items()}, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    return folder
+
+
+def save_masks(out_dir: str | Path, masks: nn.Module, step: int) -> None:
+    """out_dir/masks/step_*.safetensors: the parameters of l0.L0 alone, small enough to keep those of each evaluation."""
+    path = Path(out_dir) / "masks" / f"step_{step:07d}.safetensors"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file(masks.state_dict(), path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
+def latest_checkpoint(out_dir: str | Path) -> Path | None:
+    """The checkpoint with the highest step, or None.  A folder whose name has not been committed is none."""
+    return max(Path(out_dir).glob("step_???????"), default=None)
+
+
+@torch.no_grad()
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], folder: Path) -> None:
+    """Put the saved moments back, on each parameter's device.  names: `parameter_names`.  Raises UserError."""
+    state = {"exp_avg": None, "exp_avg_sq": None, "step": ()}
+    shapes = {f"{name}.{key}": tuple(p.shape) if shape is None else shape
+              for name, p in names.items() for key, shape in state.items()}
+    for full_name, tensor in read_tensors(folder / "optimizer.safetensors", shapes):
+        name, key = full_name.rsplit(".", 1)
+        optimizer.state[names[name]][key] = tensor.to(names[name].device)
+
+
+def start_run(cfg: TrainSettings, domains: list[str], *, is_main: bool) -> tuple[RunState, Path | None]:
+    """Make out_dir, or find where to go on: (state, checkpoint folder, None for a fresh start).  Raises UserError.
+
+    is_main: this rank writes config.json, the settings as resolved.
+    """
+    out_dir = Path(cfg.out_dir)
+    folder = latest_checkpoint(out_dir)
+    if folder is None:
+        weights = by_domain("domain_weights", cfg.domain_weights) or {d: 1 / len(domains) for d in domains}
+        reference = by_domain("reference_loss", cfg.reference_loss)
+        if reference:
+            check_same_domains("reference_loss", reference, weights)
+        state = RunState(0, weights, dict.fromkeys(domains, 0), reference)
+    else:
+        check(cfg.resume, f"{out_dir} holds a run already ({folder.name}); go on with --resume, or choose another --out_dir")
+        saved = read_json(folder / "state.json")
+        try:
+            state = RunState(**saved)
+        except TypeError as error:
+            raise UserError(f"{folder / 'state.json'} is not a state of this version: {error}") from None
+        check(sorted(state.domain_weights) == sorted(domains), f"{folder} was trained on the domains "
+              f"{', '.join(state.domain_weights)}, not on {', '.join(domains)}")
+        check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
+    if is_main:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {out_dir}: {error.strerror}") from None
+    return state, folder

@@ -1,0 +1,197 @@
+"""Hard-concrete masks and the Lagrangian that drives them to a target shape.  Spec: sections 2 and 4 of the method.
+
+Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization" (arXiv 1712.01312), with the
+constants of Sheared LLaMA's released code.  Everything here is fp32, on every rank the same, and never under autocast.
+
+Shapes: L layers, d hidden size, H query heads, K key/value heads, G = H // K query heads a KV group, f MLP units.
+Every mask set is a tensor whose last axis is a row: of each row exactly the target's count of units is kept.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# name -> axes.  `layer` closes both blocks of a layer; `head_layer` and `mlp` close attention and MLP one by one.
+# Without GQA (K = H) heads are pruned by `head`; with it by `kv_head` (a KV head and its group) times `query_head`.
+MASKS = {
+    "hidden": ("d",),
+    "layer": ("L",),
+    "head": ("L", "H"),
+    "intermediate": ("L", "f"),
+    "head_layer": ("L",),
+    "mlp": ("L",),
+    "kv_head": ("L", "K"),
+    "query_head": ("L", "K", "G"),
+}
+
+BETA, GAMMA, ZETA, EPS, MAGIC = 2 / 3, -0.1, 1.1, 1e-6, 0.8  # temperature, stretch, clamps, sharpness at evaluation
+LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
+LOGIT_ZERO = math.log(-GAMMA / ZETA)  # ln(x / (1 - x)) of the stretched point x = -gamma / (zeta - gamma) that maps to 0
+
+
+def dims(cfg) -> dict[str, int]:
+    """The sizes that the letters of MASKS stand for, of a model.ModelConfig."""
+    return {"d": cfg.hidden_size, "L": cfg.n_layers, "H": cfg.n_heads, "K": cfg.n_kv_heads,
+            "G": cfg.n_heads // cfg.n_kv_heads, "f": cfg.intermediate_size}
+
+
+def mask_sets(source, target, modules: tuple[str, ...] | None = None) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The mask sets that lead from one shape to another: name -> (shape, units kept of each row).
+
+    source, target: model.ModelConfig.  modules: names of MASKS; None takes each set whose size changes (heads by the
+    one rule above, layers by `layer`).  A set whose target equals its source is left out.
+    Raises ValueError if the target cannot be reached, naming the dimension.
+    """
+    a, b = dims(source), dims(target)
+    gqa = a["K"] != a["H"]
+    for letter, name in (("d", "hidden_size"), ("L", "n_layers"), ("H", "n_heads"), ("K", "n_kv_heads"),
+                         ("G", "query heads a KV head"), ("f", "intermediate_size")):
+        if not 1 <= b[letter] <= a[letter]:
+            raise ValueError(f"target {name} = {b[letter]} is not between 1 and the source's {a[letter]}")
+    if not gqa and b["K"] != b["H"]:
+        raise ValueError(f"target n_kv_heads = {b['K']} must equal n_heads = {b['H']}, since the source has no groups")
+    default = ("hidden", "layer", "intermediate") + (("kv_head", "query_head") if gqa else ("head",))
+    modules = default if modules is None else modules
+    if unknown := [m for m in modules if m not in MASKS]:
+        raise ValueError(f"pruning_modules has {unknown[0]!r}, which is not one of {', '.join(MASKS)}")
+    if wrong := set(modules) & ({"head"} if gqa else {"kv_head", "query_head"}):
+        raise ValueError(f"pruning_modules has {sorted(wrong)[0]!r}, but the source has "
+                         + ("grouped heads: take kv_head and query_head" if gqa else "no groups: take head"))
+    sets = {}
+    for name in MASKS:
+        axes = MASKS[name]
+        kept = b[axes[-1]]
+        if name in modules and kept != a[axes[-1]]:
+            sets[name] = (tuple(a[x] for x in axes), kept)
+    covers = {"d": ["hidden"], "L": ["layer", "head_layer", "mlp"], "f": ["intermediate"],
+              "H": ["head"], "K": ["kv_head"], "G": ["query_head"]}
+    for letter in "dLf" + ("KG" if gqa else "H"):
+        if a[letter] != b[letter] and not set(covers[letter]) & set(sets):
+            raise ValueError(f"the target's {letter} = {b[letter]} differs from the source's {a[letter]}, but "
+                             f"pruning_modules lacks {' or '.join(covers[letter])}")
+    return sets
+
+
+def sample(log_alpha: Tensor, u: Tensor) -> Tensor:
+    """A training mask from uniforms u in (0, 1): hard-concrete, with exact zeros and ones.  Any shape, same shape."""
+    s = torch.sigmoid((torch.log(u) - torch.log1p(-u) + log_alpha) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def prob_open(log_alpha: Tensor) -> Tensor:
+    """P(z != 0), elementwise."""
+    return 1 - torch.sigmoid(LOGIT_ZERO * BETA - log_alpha).clamp(EPS, 1 - EPS)
+
+
+def deterministic(log_alpha: Tensor, n_zero: int | Tensor) -> Tensor:
+    """The mask of evaluation and compaction: soft values, with the n_zero smallest of each row exactly 0.
+
+    n_zero: one count, or one for each row [...].  Ties are cut from the front of the row, always the same way.
+    """
+    soft = torch.sigmoid(log_alpha / BETA * MAGIC)
+    rank = log_alpha.argsort(dim=-1, stable=True).argsort(dim=-1)
+    n_zero = torch.as_tensor(n_zero, device=rank.device)
+    return torch.where(rank < n_zero[..., None], 0.0, soft)
+
+
+class L0(nn.Module):
+    """Mask parameters `log_alpha` and multipliers `lambda_`, `phi`, one pair a mask set.
+
+    sets: from `mask_sets`.  count: how the expected number of open units is counted.  "expected" is the released code's;
+    "rescaled" counts a unit at a bound of log_alpha as exactly open or closed (module docstring of prune.py tells when).
+    """
+
+    def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, count: str = "expected", seed: int = 0):
+        super().__init__()
+        self.sets, self.count = dict(sets), count
+        generator = torch.Generator().manual_seed(seed)
+        self.log_alpha = nn.ParameterDict({
+            name: nn.Parameter(torch.empty(shape).normal_(5.0, 0.01, generator=generator))
+            for name, (shape, _) in sets.items()})
+        self.lambda_ = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in sets})
+        self.phi = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in sets})
+        self.clamp_()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bound log_alpha in place, after each optimizer step: clamping only before use lets it wind up."""
+        for p in self.log_alpha.values():
+            p.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
+
+    def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
+        """Training masks.  micro_batch: its index in the whole global batch, so the number of ranks changes nothing."""
+        if not self.sets:
+            return {}
+        key = int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1)[0])
+        sizes = [p.numel() for p in self.log_alpha.values()]
+        u = torch.empty(sum(sizes), device=next(self.parameters()).device)
+        u.uniform_(EPS, 1 - EPS, generator=torch.Generator(device=u.device).manual_seed(key))
+        return {name: sample(p, part.view(p.shape)) for (name, p), part in zip(self.log_alpha.items(), u.split(sizes))}
+
+    @torch.no_grad()
+    def deterministic(self, *, target: bool = True) -> dict[str, Tensor]:
+        """Masks for evaluation: with the target's counts, or with each row's own expected count."""
+        masks = {}
+        for name, p in self.log_alpha.items():
+            size, kept = p.shape[-1], self.sets[name][1]
+            expected = (size - prob_open(p).sum(-1)).round()
+            masks[name] = deterministic(p, torch.full_like(expected, size - kept) if target else expected)
+        return masks
+
+    def open_units(self) -> dict[str, Tensor]:
+        """P(z != 0) of each unit, or its rescaled count; see the class."""
+        p_open = {name: prob_open(p) for name, p in self.log_alpha.items()}
+        if self.count == "rescaled":
+            low, high = prob_open(torch.tensor([LOG_ALPHA_MIN, LOG_ALPHA_MAX])).tolist()
+            p_open = {name: (p - low) / (high - low) for name, p in p_open.items()}
+        return p_open
+
+    def sparsity(self) -> dict[str, Tensor]:
+        """Expected sparsity of each row: [L], [L, K] or a scalar."""
+        return {name: 1 - p.mean(-1) for name, p in self.open_units().items()}
+
+    def target_sparsity(self, name: str, step: int, *, warmup: int, start: float = 0.0) -> float:
+        """t_m at a step: from `start` linearly to the target over `warmup` steps."""
+        shape, kept = self.sets[name]
+        return (1 - kept / shape[-1] - start) * min(1.0, step / max(1, warmup)) + start
+
+    def lagrangian(self, step: int, *, warmup: int, start: float = 0.0) -> Tensor:
+        """Sum over sets of the row mean of lambda (s - t) + phi (s - t)^2; a scalar with gradients to all parameters."""
+        terms = []
+        for name, s in self.sparsity().items():
+            gap = s - self.target_sparsity(name, step, warmup=warmup, start=start)
+            terms.append((self.lambda_[name] * gap + self.phi[name] * gap.square()).mean())
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def undecided(self) -> dict[str, tuple[int, int]]:
+        """Of the units that the target's counts keep: how many are near-dead (z < 0.05), how many between (z < 0.95).
+
+        Near-dead units are dead weight in the compacted model: training closed them and the count reopened them.
+        """
+        counts = {}
+        for name, z in self.deterministic().items():
+            kept = z[z > 0]
+            counts[name] = (int((kept < 0.05).sum()), int(((kept >= 0.05) & (kept < 0.95)).sum()))
+        return counts
+
+
+def expected_params(cfg, p_open: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Expected number of parameters: (prunable: attention and MLP matrices; total, with embeddings, norms and head).
+
+    cfg: model.ModelConfig of the source.  p_open: P(z != 0) by set; a missing set is all open.  A product of sums:
+    no outer product of hidden and intermediate units is ever formed.
+    """
+    n = dims(cfg)
+    some = next(iter(p_open.values()), torch.ones(()))
+    p = {name: p_open.get(name, some.new_ones([n[x] for x in axes])) for name, axes in MASKS.items()}
+    hidden = p["hidden"].sum()
+    kv, query = p["kv_head"], p["head"] * (p["kv_head"][..., None] * p["query_head"]).flatten(1)  # (L, K), (L, H)
+    heads = cfg.head_dim * (2 * query.sum(1) + 2 * (kv.sum(1) if cfg.n_kv_heads != cfg.n_heads else query.sum(1)))
+    attention = p["layer"] * p["head_layer"] * heads  # (L) columns of width `hidden`
+    mlp = p["layer"] * p["mlp"] * 3 * p["intermediate"].sum(1)
+    prunable = hidden * (attention.sum() + mlp.sum())
+    norms = (p["layer"] * (p["head_layer"] + p["mlp"])).sum() + 1
+    return prunable, prunable + hidden * (cfg.vocab_size * (2 - cfg.tie_embeddings) + norms)

@@ -1,0 +1,291 @@
+"""The Llama decoder, with an optional `masks` argument that makes it the model compact.py would cut out.
+
+Shapes: L layers, d hidden size, H query heads, K key/value heads, G = H // K, h head dim, f MLP intermediate size,
+V vocabulary, B sequences, T tokens.  Parameters carry Hugging Face Llama's names, so a checkpoint of that family
+loads as it is.
+
+A mask is a tensor of factors in [0, 1], one for each unit; `masks` is a dict with any of the sets of l0.MASKS.  The
+forward pass scales *weights* by the masks, never activations: `o_proj(context * z) * z'` is computed as
+`(z' o_proj z)(context)`.  That is what compaction does once and for all, so the two agree to rounding, in bf16 too, and
+it is cheaper: a weight is smaller than its activations as soon as a micro-batch has more tokens than the layer has rows.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOSS_CHUNK = 512  # rows of logits alive at a time in the loss: 512 x V floats instead of B*T x V
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model and nothing else.  Raises ValueError if the numbers do not fit together."""
+
+    vocab_size: int  # V
+    hidden_size: int  # d
+    n_layers: int  # L
+    n_heads: int  # H, query heads
+    n_kv_heads: int  # K, key/value heads; K = H is multi-head attention, 1 < K < H grouped-query
+    head_dim: int  # h; not always d / H, and never after pruning
+    intermediate_size: int  # f
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}, keys as in Hugging Face configs
+    context_length: int = 4096  # tokens; the longest sequence that the rotary embedding is meant for
+    tie_embeddings: bool = False  # the LM head is the embedding matrix
+    qkv_bias: bool = False  # Qwen2
+    o_bias: bool = False  # Llama with attention_bias has this and qkv_bias
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} = {value!r} is not a whole number of at least 1")
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise ValueError(f"{field.name} = {value!r} is not a number above 0")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} = {value!r} is not true or false")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} does not divide by n_kv_heads = {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd, and rotary embeddings turn pairs")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+                                                       "original_max_position_embeddings"]}
+            if kind not in needed:
+                raise ValueError(f'rope_scaling rope_type = {kind!r} is not one of "linear", "llama3"')
+            if missing := [k for k in needed[kind] if not isinstance(self.rope_scaling.get(k), (int, float))]:
+                raise ValueError(f"rope_scaling of type {kind} lacks a number for {', '.join(missing)}")
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """Read what `to_json` wrote.  Raises ValueError on a missing, unknown or unsuitable field."""
+        values = json.loads(text)
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if not isinstance(values, dict) or not required <= values.keys() <= known:
+            got = set(values) if isinstance(values, dict) else set()
+            raise ValueError(f"missing {sorted(required - got)}, unknown {sorted(got - known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def n_params(self) -> int:
+        """Parameters of the whole model; tied embeddings count once."""
+        d, L, qkv, o = self.hidden_size, self.n_layers, self.n_heads + 2 * self.n_kv_heads, self.n_heads * self.head_dim
+        attention = qkv * self.head_dim * (d + self.qkv_bias) + d * (o + self.o_bias)
+        return L * (attention + 3 * d * self.intermediate_size + 2 * d) + d + self.vocab_size * d * (2 - self.tie_embeddings)
+
+    def train_flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward floating-point operations a token: 6 a matrix weight, and causal attention as half."""
+        d, h = self.hidden_size, self.head_dim
+        matrices = self.n_layers * (2 * (self.n_heads + self.n_kv_heads) * h * d + 3 * d * self.intermediate_size)
+        attention = self.n_layers * self.n_heads * h * seq_len  # 2 products of T x h a head and token, halved
+        return 6 * (matrices + self.vocab_size * d + attention)
+
+
+def product(*factors: Tensor | None) -> Tensor | None:
+    """The product of the factors that are there, None if none is."""
+    result = None
+    for z in factors:
+        if z is not None:
+            result = z if result is None else result * z
+    return result
+
+
+def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str, Tensor | None]:
+    """What the masks mean for layer i: the factors that the forward pass and compaction put on its weights.
+
+    Returns hidden [d] (both norms), head [H] (columns of o_proj, h each), intermediate [f] (rows of up_proj),
+    attention_out [d] (rows of o_proj) and mlp_out [d] (rows of down_proj); None is a factor of one.
+    """
+    z = {name: masks[name][i] for name in masks if name != "hidden"}
+    kv_head, query_head = z.get("kv_head"), z.get("query_head")  # [K], [K, G]
+    if kv_head is not None:
+        kv_head = kv_head.repeat_interleave(cfg.n_heads // cfg.n_kv_heads)  # a KV head takes its group along
+    hidden = masks.get("hidden")
+    return {
+        "hidden": hidden,
+        "head": product(z.get("head"), kv_head, None if query_head is None else query_head.flatten()),
+        "intermediate": z.get("intermediate"),
+        "attention_out": product(z.get("layer"), z.get("head_layer"), hidden),
+        "mlp_out": product(z.get("layer"), z.get("mlp"), hidden),
+    }
+
+
+def masked_linear(x: Tensor, linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """linear(x * columns) * rows, with the factors on the weight.  x [..., in], rows [out], columns [in] -> [..., out]."""
+    weight, bias = linear.weight, linear.bias
+    if columns is not None:
+        weight = weight * columns
+    if rows is not None:
+        weight = weight * rows[:, None]
+        bias = None if bias is None else (bias * rows).to(x.dtype)
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the kept dimensions, in fp32.  x [..., d], z [d] or None -> [..., d] in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, z: Tensor | None) -> Tensor:
+        # x is 0 wherever z is, so the sum needs no gather: only the count changes.  # spec 3
+        kept = x.shape[-1] if z is None else (z != 0).sum()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / kept + self.eps)
+        weight = self.weight if z is None else self.weight * z
+        return (normed * weight).to(x.dtype)
+
+
+def rope_tables(cfg: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, h/2], fp32, of the angle of every position and frequency.
+
+    Computed at each call from the config: T x h/2 numbers cost nothing, and no cached buffer can be stale or too short.
+    """
+    exponents = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim
+    frequencies = 1.0 / cfg.rope_theta**exponents  # radians a token, (h/2)
+    scaling = cfg.rope_scaling
+    if scaling is not None and scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling is not None:  # llama3: keep the fast ones, stretch the slow ones, blend between (Llama 3.1's release)
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
+    angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split as in Hugging Face Llama, turned in fp32.  x [B, T, heads, h]; cos, sin [T, h/2]."""
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig, attention: str):
+        super().__init__()
+        self.cfg, self.attention = cfg, attention
+        d, q, kv = cfg.hidden_size, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+        self.q_proj = nn.Linear(d, q, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(d, kv, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(d, kv, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(q, d, bias=cfg.o_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, z: dict[str, Tensor | None]) -> Tensor:
+        B, T, _ = x.shape
+        h, H, K = self.cfg.head_dim, self.cfg.n_heads, self.cfg.n_kv_heads
+        q = rotate(self.q_proj(x).view(B, T, H, h), cos, sin)
+        k = rotate(self.k_proj(x).view(B, T, K, h), cos, sin)
+        v = self.v_proj(x).view(B, T, K, h)
+        if self.attention == "flash_attn":  # CUDA, half precision, and installed: the stage has checked
+            from flash_attn import flash_attn_func
+
+            context = flash_attn_func(q, k, v, causal=True)  # (B, T, H, h)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, h)
+            context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K).transpose(1, 2)
+        columns = None if z["head"] is None else z["head"].repeat_interleave(h)  # (H*h)
+        return masked_linear(context.reshape(B, T, H * h), self.o_proj, rows=z["attention_out"], columns=columns)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, z: dict[str, Tensor | None]) -> Tensor:
+        up = masked_linear(x, self.up_proj, rows=z["intermediate"])  # (B, T, f)
+        return masked_linear(F.silu(self.gate_proj(x)) * up, self.down_proj, rows=z["mlp_out"])
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg: ModelConfig, attention: str):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.self_attn = Attention(cfg, attention)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, z: dict[str, Tensor | None]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x, z["hidden"]), cos, sin, z)
+        return x + self.mlp(self.post_attention_layernorm(x, z["hidden"]), z)
+
+
+class Transformer(nn.Module):
+    """attention: "sdpa" or "flash_attn"; checkpointing: recompute each layer in the backward pass to save memory."""
+
+    def __init__(self, cfg: ModelConfig, *, attention: str = "sdpa", checkpointing: bool = False):
+        super().__init__()
+        self.cfg, self.checkpointing = cfg, checkpointing
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
+            "layers": nn.ModuleList(Layer(cfg, attention) for _ in range(cfg.n_layers)),
+            "norm": RMSNorm(cfg.hidden_size, cfg.norm_eps),
+        })
+        self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, masks: dict[str, Tensor] | None = None,
+                *, reduction: str = "mean") -> Tensor:
+        """Logits, or the next-token cross-entropy.
+
+        tokens, targets: int64 [B, T].  masks: see l0.MASKS; fp32.  Without targets: logits [B, T, V].  With them: nats
+        per token, the mean over the batch (reduction "mean") or over each sequence, [B] ("none", for evaluation).
+        """
+        masks = masks or {}
+        hidden = masks.get("hidden")
+        x = self.model["embed_tokens"](tokens)  # (B, T, d)
+        if hidden is not None:
+            x = x * hidden.to(x.dtype)
+        cos, sin = rope_tables(self.cfg, tokens.shape[1], tokens.device)
+        for i, layer in enumerate(self.model["layers"]):
+            z = layer_masks(masks, i, self.cfg)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, z, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, z)
+        x = self.model["norm"](x, hidden)
+        head = (self.model["embed_tokens"] if self.lm_head is None else self.lm_head).weight  # (V, d), unmasked
+        if targets is None:
+            return F.linear(x, head)
+        if torch.is_autocast_enabled(x.device.type):  # the fused loss is not on autocast's list
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, head = x.to(dtype), head.to(dtype)
+        # The fused mean computes its gradients in the forward pass, one product with the head cheaper than a loss a
+        # token, but in half precision it comes back rounded to three digits: there the mean is taken here, in fp32.
+        fused_mean = reduction == "mean" and x.dtype not in (torch.bfloat16, torch.float16)
+        loss = F.linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), reduction="mean" if fused_mean else "none",
+                                      options=nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK))
+        if fused_mean:
+            return loss
+        loss = loss.view(targets.shape).to(torch.promote_types(loss.dtype, torch.float32))
+        return loss.mean(1) if reduction == "none" else loss.mean()
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fresh weights in place: normal, std 0.02, the two projections that end a block by 1/sqrt(2 L) smaller (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                scale = 1 / math.sqrt(2 * model.cfg.n_layers) if "o_proj" in name or "down_proj" in name else 1.0
+                p.copy_(torch.empty(p.shape).normal_(0, 0.02 * scale, generator=generator))

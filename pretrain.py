@@ -1,0 +1,123 @@
+"""Train a dense model: continue from a converted or compacted one, or start a shape from fresh weights.
+
+    python pretrain.py configs/demo_source.py
+    torchrun --nproc_per_node=8 pretrain.py configs/pretrain_1.3b.py --init_from=out/1.3b_compact
+
+The loop is prune.py's without masks; test_pipeline.py holds the two to the same weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_optimizer, load_weights, parameter_names, read_model_config, save_checkpoint, start_run
+from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
+from model import ModelConfig, Transformer, init_weights
+from runtime import (Metrics, Processes, RunState, announce_exhausted, clip_and_step, lr_factor, make_optimizer, no_sync,
+                     start_processes, wrap)
+from settings import TrainSettings, by_domain, require, run_stage, user_errors
+
+
+@dataclass(frozen=True)
+class PretrainSettings(TrainSettings):
+    shape: dict[str, object] | None = None  # fields of model.ModelConfig, for fresh weights instead of init_from
+
+    global_batch_size: int = 256  # sequences a step, over all ranks
+    micro_batch_size: int = 16  # sequences a forward pass of one rank
+    max_steps: int = 48000  # optimizer steps
+    warmup_steps: int = 1440  # linear warm-up of the learning rate
+    eval_interval: int = 400  # steps between evaluations; one comes before the first step
+
+    def __post_init__(self):
+        super().__post_init__()
+        require((self.init_from == "") != (self.shape is None), "give either init_from, a model folder, or shape, for fresh "
+                f"weights; init_from = {self.init_from!r}, shape = {self.shape}")
+        require(self.update == "constant" or self.reference_loss != "", "update = doremi needs reference_loss: what the "
+                "losses should come down to (reference_loss.py computes it); or take --update=constant")
+
+
+def model_config(cfg: PretrainSettings) -> ModelConfig:
+    """The shape to train.  Raises ValueError or UserError."""
+    if cfg.shape is None:
+        return read_model_config(cfg.init_from, ModelConfig)
+    try:
+        return ModelConfig(**cfg.shape)
+    except TypeError as error:  # an unknown or a missing field, named by Python
+        raise ValueError(f"shape: {error}") from None
+
+
+def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, device: torch.device):
+    """The model and its optimizer: fresh, from init_from, or as a checkpoint holds them."""
+    with torch.device("meta"):
+        model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing)
+    model = model.to_empty(device=device)
+    if checkpoint is None and cfg.shape is not None:
+        init_weights(model, cfg.seed)
+    else:
+        load_weights(model, checkpoint or cfg.init_from)
+    optimizer = make_optimizer([dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)])
+    if checkpoint is not None:
+        load_optimizer(optimizer, parameter_names(model), checkpoint)
+    return model, optimizer
+
+
+def main(cfg: PretrainSettings) -> None:
+    processes = start_processes(cfg)
+    with user_errors():
+        shape = model_config(cfg)
+        data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
+                             seq_len=cfg.seq_len, vocab_size=shape.vocab_size, context_length=shape.context_length)
+        sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
+        state, checkpoint = start_run(cfg, data.domains, is_main=processes.rank == 0)
+    model, optimizer = build(cfg, shape, checkpoint, processes.device)
+    processes.say(f"{shape.n_params():,} parameters")
+    processes.say(budget_table(data.train, state.domain_weights, state.cursors,
+                               (cfg.max_steps - state.step) * cfg.global_batch_size))
+    train(cfg, processes, data, sampler, state, model, optimizer)
+
+
+def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState,
+          model: Transformer, optimizer: torch.optim.AdamW) -> None:
+    """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
+    rank, world, device = processes.rank, processes.world, processes.device
+    accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
+    wrapped = wrap(model, cfg, processes)
+    metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
+    first = state.step
+    for step in range(first, cfg.max_steps + 1):
+        last = step == cfg.max_steps
+        metrics.stop_clock()
+        if (step % cfg.eval_interval == 0 or last) and state.evaluated != step:
+            with user_errors():
+                losses = evaluate(model, {}, data.eval, cfg, processes)
+            steer(state, losses, cfg)
+            metrics.evaluation(losses)
+        if step > first and (step % cfg.save_interval == 0 or last):
+            if rank == 0:
+                save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, optimizer=optimizer,
+                                assets=data.assets)
+            processes.barrier()
+        if last:
+            break
+        metrics.start_clock()
+        batch = sampler.draw(step, state.domain_weights, state.cursors)
+        announce_exhausted(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
+        for micro_step in range(accum):
+            index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
+            rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
+            tokens, targets = sampler.load(batch, rows, device)
+            with no_sync(wrapped, last=micro_step == accum - 1):
+                with processes.autocast():
+                    loss = wrapped(tokens, targets) / accum
+                loss.backward()
+            metrics.add("loss", loss)
+        metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
+        state.step, state.cursors = step + 1, batch.cursors
+        if state.step % cfg.log_interval == 0:
+            metrics.log({})
+    metrics.close()
+
+
+if __name__ == "__main__":
+    run_stage(main, PretrainSettings)

@@ -1,0 +1,177 @@
+"""Prune: train a source model's weights together with masks that end at an exact target shape.
+
+    python prune.py configs/demo_prune.py
+    torchrun --nproc_per_node=8 prune.py configs/7b_to_1.3b.py --out_dir=out/7b_to_1.3b
+
+min over weights and log_alpha, max over the multipliers, of cross-entropy + Lagrangian (l0.py), with the domain mixture
+steered at each evaluation (data.py).  compact.py then cuts the last checkpoint to the target shape.
+
+Why `count` matters: log_alpha is clamped, so P(z != 0) of a closed unit is still 0.047 and of an open one 0.998.  Counting
+those probabilities ("expected", as released), masks that number exactly the target read as too dense, so training closes
+more units than it should and the final count reopens some near-dead ones.  "rescaled" counts a unit at a bound as exactly
+open or closed.  The end of a run says how many near-dead units were kept.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from checkpoint import (load_optimizer, load_weights, parameter_names, read_model_config,
+                        save_checkpoint, save_masks, start_run)
+from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
+from l0 import L0, expected_params, mask_sets, prob_open
+from model import ModelConfig, Transformer
+from runtime import (Metrics, Processes, RunState, announce_exhausted, average_gradients, clip_and_step, lr_factor,
+                     make_optimizer, no_sync, start_processes, wrap)
+from settings import TrainSettings, by_domain, require, run_stage, user_errors
+
+
+@dataclass(frozen=True)
+class PruneSettings(TrainSettings):
+    target_hidden_size: int | None = None  # d of the target; None: the source's, as for the next four
+    target_n_layers: int | None = None  # L
+    target_n_heads: int | None = None  # H, query heads
+    target_n_kv_heads: int | None = None  # K; None: as many as keep the source's group size
+    target_intermediate_size: int | None = None  # f
+    pruning_modules: tuple[str, ...] | None = None  # mask sets, names of l0.MASKS; None: those that the target needs
+
+    mask_learning_rate: float = 1.0  # peak, of log_alpha
+    multiplier_learning_rate: float = 1.0  # peak, of lambda and phi, which are ascended
+    lagrangian_warmup_steps: int = 640  # the target sparsity rises linearly over these
+    start_sparsity: float = 0.0  # where it starts
+    count: Literal["expected", "rescaled"] = "expected"  # how open units are counted; see above
+    eval_target_model: bool = False  # evaluate with the target's counts, not the masks' own; the last one always is
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("mask_learning_rate", "multiplier_learning_rate"):
+            require(0 < getattr(self, name) < math.inf, f"{name} = {getattr(self, name)} must be above 0")
+        require(self.lagrangian_warmup_steps >= 0, f"lagrangian_warmup_steps = {self.lagrangian_warmup_steps} must not be "
+                "negative")
+        require(0 <= self.start_sparsity < 1, f"start_sparsity = {self.start_sparsity} must be from 0 to below 1")
+        require(self.init_from != "", "no value for init_from: the model folder of the source")
+
+
+def target_config(cfg: PruneSettings, source: ModelConfig) -> ModelConfig:
+    """The exact shape to end at.  Raises ValueError if the numbers do not fit together."""
+    n_heads = cfg.target_n_heads or source.n_heads
+    group = source.n_heads // source.n_kv_heads
+    if cfg.target_n_kv_heads is None and n_heads % group:
+        raise ValueError(f"target_n_heads = {n_heads} does not divide by the source's group of {group} query heads; "
+                         f"choose a multiple, or give target_n_kv_heads")
+    return dataclasses.replace(
+        source, hidden_size=cfg.target_hidden_size or source.hidden_size, n_layers=cfg.target_n_layers or source.n_layers,
+        n_heads=n_heads, n_kv_heads=cfg.target_n_kv_heads or n_heads // group,
+        intermediate_size=cfg.target_intermediate_size or source.intermediate_size)
+
+
+def mask_metrics(masks: L0, source: ModelConfig, cfg: PruneSettings, step: int) -> dict[str, float | torch.Tensor]:
+    """Every sparsity (row mean) and its target, both multipliers, and the expected size of the model."""
+    values = {}
+    for name, s in masks.sparsity().items():
+        values[f"sparsity/{name}"] = s.detach().mean()
+        values[f"target_sparsity/{name}"] = masks.target_sparsity(name, step, warmup=cfg.lagrangian_warmup_steps,
+                                                                  start=cfg.start_sparsity)
+        values[f"lambda/{name}"], values[f"phi/{name}"] = masks.lambda_[name].detach(), masks.phi[name].detach()
+    with torch.no_grad():
+        p_open = {name: prob_open(p) for name, p in masks.log_alpha.items()}
+        values["expected_prunable_params"], values["expected_params"] = expected_params(source, p_open)
+    return values
+
+
+def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path | None, device: torch.device):
+    """The model, its masks and their optimizer: the source's, or as a checkpoint holds them."""
+    with torch.device("meta"):
+        model = Transformer(source, attention=cfg.attention, checkpointing=cfg.checkpointing)
+    model = load_weights(model.to_empty(device=device), checkpoint or cfg.init_from)
+    masks = L0(sets, count=cfg.count, seed=cfg.seed).to(device)
+    optimizer = make_optimizer([
+        dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
+        dict(params=list(masks.log_alpha.values()), lr=cfg.mask_learning_rate),
+        dict(params=[*masks.lambda_.values(), *masks.phi.values()], lr=cfg.multiplier_learning_rate, maximize=True),
+    ])
+    if checkpoint is not None:
+        load_weights(masks, checkpoint / "masks.safetensors")
+        load_optimizer(optimizer, parameter_names(model, masks), checkpoint)
+    return model, masks, optimizer
+
+
+def main(cfg: PruneSettings) -> None:
+    processes = start_processes(cfg)
+    with user_errors():
+        source = read_model_config(cfg.init_from, ModelConfig)
+        target = target_config(cfg, source)
+        sets = mask_sets(source, target, cfg.pruning_modules)
+        data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
+                             seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
+        sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
+        state, checkpoint = start_run(cfg, data.domains, is_main=processes.rank == 0)
+    model, masks, optimizer = build(cfg, source, sets, checkpoint, processes.device)
+    processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
+                  + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
+    processes.say(budget_table(data.train, state.domain_weights, state.cursors,
+                               (cfg.max_steps - state.step) * cfg.global_batch_size))
+    train(cfg, processes, data, sampler, state, model, masks, optimizer, target)
+    for name, (dead, between) in masks.undecided().items():
+        processes.say(f"{name}: {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
+
+
+def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState, model: Transformer,
+          masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig) -> None:
+    """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
+    rank, world, device = processes.rank, processes.world, processes.device
+    accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
+    wrapped = wrap(model, cfg, processes)
+    metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
+    log_alphas, first = list(masks.log_alpha.values()), state.step
+    for step in range(first, cfg.max_steps + 1):
+        last = step == cfg.max_steps
+        metrics.stop_clock()
+        if (step % cfg.eval_interval == 0 or last) and state.evaluated != step:
+            # before the first step the source as it is, so that one that loads wrong shows at once
+            z = {} if step == 0 else masks.deterministic(target=cfg.eval_target_model or last)
+            with user_errors():
+                losses = evaluate(model, z, data.eval, cfg, processes)
+            steer(state, losses, cfg)
+            metrics.evaluation(losses)
+            if rank == 0 and log_alphas:
+                save_masks(cfg.out_dir, masks, step)
+        if step > first and (step % cfg.save_interval == 0 or last):
+            if rank == 0:
+                save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, optimizer=optimizer, masks=masks,
+                                target=target, assets=data.assets)
+            processes.barrier()
+        if last:
+            break
+        metrics.start_clock()
+        batch = sampler.draw(step, state.domain_weights, state.cursors)
+        announce_exhausted(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
+        for micro_step in range(accum):
+            index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
+            rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
+            tokens, targets = sampler.load(batch, rows, device)
+            z = masks.sample(cfg.seed, step, index)
+            with no_sync(wrapped, last=micro_step == accum - 1):
+                with processes.autocast():
+                    loss = wrapped(tokens, targets, z) / accum
+                loss.backward()
+            metrics.add("loss", loss)
+        average_gradients(log_alphas, processes)
+        if log_alphas:
+            lagrangian = masks.lagrangian(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
+            lagrangian.backward()  # after averaging: it is the same on every rank
+            metrics.add("loss/lagrangian", lagrangian)
+        metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
+        masks.clamp_()
+        state.step, state.cursors = step + 1, batch.cursors
+        if state.step % cfg.log_interval == 0:
+            metrics.log(mask_metrics(masks, model.cfg, cfg, state.step))
+    metrics.close()
+
+
+if __name__ == "__main__":
+    run_stage(main, PruneSettings)

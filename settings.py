@@ -1,0 +1,293 @@
+"""Settings of every stage: a frozen dataclass, filled from its defaults, Python files and flags, and checked.  Apart from
+runtime.py, since prepare.py, convert.py and compact.py need no more than this.
+
+    python prune.py configs/x.py --learning_rate=3e-4 --resume
+
+A user's mistake becomes one line on stderr and exit status 2: what, its value, what was expected, what to do.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import runpy
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the user can mend.  The message: what, its value, what was expected, what to do.  One line."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@contextmanager
+def user_errors():
+    """Turn the ValueErrors of model, l0 and data, which name file or value already, into UserErrors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def setting_docs(cls: type) -> dict[str, str]:
+    """The comment behind each field of a settings dataclass, its bases' included: the text of --help."""
+    docs = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if found := re.match(r"    (\w+): [^#]*#\s*(.*)", line):
+                docs[found[1]] = found[2]
+    return docs
+
+
+def describe(annotation) -> str:
+    """An annotation as a user would say it: `int`, `float or None`, `"clipped" or "signed"`, `dict of str to float`."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(json.dumps(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is dict:
+        return f"dict of {describe(args[0])} to {describe(args[1])}"
+    if origin is tuple:
+        return f"tuple of {describe(args[0])}"
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def conform(value, annotation):
+    """`value` as the annotated type.  int -> float and list -> tuple are the only conversions.  Raises TypeError."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+    elif origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return conform(value, option)
+            except TypeError:
+                continue
+    elif origin is dict and isinstance(value, dict):
+        return {conform(k, args[0]): conform(v, args[1]) for k, v in value.items()}
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(conform(v, args[0]) for v in value)
+    elif annotation is object:
+        return value
+    elif annotation is float and type(value) in (int, float):
+        return float(value)
+    elif origin is None and type(value) is annotation:
+        return value
+    elif annotation is type(None) and value is None:
+        return value
+    raise TypeError
+
+
+def parse_flag(text: str, annotation):
+    """The value of `--name=text`: a Python literal, or the text itself where the setting may be a string."""
+    try:
+        return conform(ast.literal_eval(text), annotation)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return conform(text, annotation)
+
+
+def read_config_file(path: str) -> dict[str, object]:
+    """The names that a Python config file assigns, but those starting with an underscore.  Raises UserError."""
+    check(Path(path).is_file(), f"config file {path} does not exist")
+    try:
+        values = runpy.run_path(path)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"config file {path} does not run: {type(error).__name__}: {error}") from None
+    return {k: v for k, v in values.items() if not k.startswith("_") and not inspect.ismodule(v)}
+
+
+def parse_args(cls: type, argv: list[str]):
+    """Settings from `FILE.py ... --name=value ...`: defaults, then files left to right, then flags.
+
+    cls: a frozen dataclass whose fields are annotated and whose __post_init__ raises ValueError on a bad value.
+    Returns an instance.  Raises UserError: unknown name (with the nearest known one), wrong type, bad value.
+    """
+    hints, docs = typing.get_type_hints(cls), setting_docs(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    if {"--help", "-h"} & set(argv):
+        print(inspect.getmodule(cls).__doc__.strip() + "\n\nsettings: FILE.py ... --name=value ...")
+        for f in dataclasses.fields(cls):
+            default = "required" if f.default is dataclasses.MISSING else repr(f.default)
+            print(f"  --{f.name}={default}  ({describe(hints[f.name])})\n        {docs.get(f.name, '')}")
+        sys.exit(0)
+
+    def known(name: str, where: str) -> None:
+        near = difflib.get_close_matches(name, names, n=1)
+        check(name in hints, f"unknown setting {name} in {where}"
+              + (f"; did you mean {near[0]}?" if near else "; --help lists the settings"))
+
+    values = {}
+    flags = [a for a in argv if a.startswith("-")]
+    for path in (a for a in argv if not a.startswith("-")):
+        for name, value in read_config_file(path).items():
+            known(name, path)
+            try:
+                values[name] = conform(value, hints[name])
+            except TypeError:
+                raise UserError(f"{name} = {value!r} in {path} is not {describe(hints[name])}") from None
+    for flag in flags:
+        name, equals, text = flag.removeprefix("--").partition("=")
+        known(name, f"the flag {flag}")
+        check(bool(equals) or hints[name] is bool, f"flag {flag} has no value; write {flag}=...")
+        try:
+            values[name] = parse_flag(text, hints[name]) if equals else True
+        except TypeError:
+            raise UserError(f"{name} = {text!r} is not {describe(hints[name])}") from None
+    if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]:
+        raise UserError(f"no value for {', '.join(missing)}: {docs.get(missing[0], '')}; give --{missing[0]}=...")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def run_stage(main: Callable, cls: type) -> None:
+    """`main(settings)` from the command line.  A user's error is one line on stderr and exit status 2.
+
+    Under torchrun the first rank to exit has the others killed, so rank 0 speaks first: the others wait a moment, and
+    speak only if rank 0 had nothing to say.
+    """
+    try:
+        main(parse_args(cls, sys.argv[1:]))
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            time.sleep(5)
+        print(f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)  # a process group's threads can hang a clean exit
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- settings that both training stages share
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What prune.py and pretrain.py have in common; each adds its own and sets other defaults."""
+
+    data_dir: str  # folder that prepare.py wrote
+    out_dir: str  # folder of this run: config.json, metrics.jsonl, step_*/
+    split: str = "train"  # which of prepare.py's splits to train on
+    init_from: str = ""  # model folder to start from: convert.py's, compact.py's, or a step_* folder of pretrain.py
+    resume: bool = False  # go on from the newest checkpoint in out_dir (from the start if there is none)
+
+    domain_weights: dict[str, float] | str = ""  # first share of each domain in a batch, sum 1, or a JSON file; "": equal
+    reference_loss: dict[str, float] | str = ""  # loss to reach, nats a token, of each domain, or a JSON file of it
+    update: typing.Literal["doremi", "constant"] = "doremi"  # steer the shares by the losses, or keep them
+    excess: typing.Literal["clipped", "signed"] = "clipped"  # loss above the reference: max(l - r, 0), or l - r
+    min_weight: float = 0.0  # no domain's share falls below this
+    on_exhausted: typing.Literal["wrap", "error"] = "wrap"  # a domain used up: new order and a warning, or stop
+
+    seq_len: int = 4096  # tokens a sequence
+    global_batch_size: int = 32  # sequences a step, over all ranks
+    micro_batch_size: int = 4  # sequences a forward pass of one rank
+    max_steps: int = 3200  # optimizer steps
+    learning_rate: float = 1e-4  # peak, of the weights
+    warmup_steps: int = 320  # linear warm-up of every learning rate
+    min_lr_ratio: float = 0.1  # cosine down to this share of the peak
+    weight_decay: float = 0.0  # of the weights; masks and multipliers never decay
+    grad_clip: float = 1.0  # gradient norm, each parameter group by itself
+    seed: int = 1234  # of data order, mask noise and fresh weights
+
+    eval_interval: int = 50  # steps between evaluations; one comes before the first step
+    eval_sequences: int = 500  # held-out sequences a domain, the same ones each time
+    save_interval: int = 3200  # steps between checkpoints; the last step is always saved
+    log_interval: int = 1  # steps between lines of metrics.jsonl
+    max_skipped: int = 20  # steps in a row whose gradient is not finite, and which are skipped, before the run stops
+    logger: typing.Literal["none", "tensorboard", "wandb"] = "none"  # a second place for the metrics
+
+    device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda, else float32
+    attention: typing.Literal["sdpa", "flash_attn"] = "sdpa"  # torch's own, or the flash-attn package (cuda, bfloat16)
+    compile: bool = False  # torch.compile the model
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+
+    def __post_init__(self):
+        positive = ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
+                    "save_interval", "log_interval", "learning_rate", "grad_clip", "max_skipped")
+        for name in positive:
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
+        for name in ("warmup_steps", "weight_decay", "seed", "min_weight"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
+        for name in ("learning_rate", "grad_clip", "weight_decay"):
+            require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)} must be finite")
+        require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio = {self.min_lr_ratio} must be between 0 and 1")
+        require(self.global_batch_size % self.micro_batch_size == 0,
+                f"global_batch_size = {self.global_batch_size} does not divide by micro_batch_size = "
+                f"{self.micro_batch_size}; choose a multiple")
+        for name in ("domain_weights", "reference_loss"):
+            if isinstance(values := getattr(self, name), dict):
+                check_by_domain(name, values)
+        if isinstance(self.domain_weights, dict):
+            n = len(self.domain_weights)
+            require(self.min_weight * n < 1, f"min_weight = {self.min_weight} times {n} domains must stay below 1")
+            if isinstance(self.reference_loss, dict):
+                check_same_domains("reference_loss", self.reference_loss, self.domain_weights)
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError(message) unless the condition holds; for __post_init__, where parse_args makes it a user error."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_by_domain(name: str, values: dict[str, float]) -> None:
+    """domain_weights must be shares that sum to 1, reference_loss finite losses.  Raises ValueError."""
+    for domain, value in values.items():
+        require(math.isfinite(value) and value >= 0, f"{name} of {domain} = {value} must be finite and not negative")
+    total = sum(values.values())
+    require(name != "domain_weights" or abs(total - 1) < 1e-3,
+            f"domain_weights sum to {total:.6g}, not 1: {values}; scale them")
+
+
+def check_same_domains(name: str, values: dict[str, float], weights: dict[str, float]) -> None:
+    """Raises ValueError unless both name the same domains."""
+    if odd := sorted(values.keys() ^ weights.keys()):
+        near = difflib.get_close_matches(odd[0], (values | weights).keys() - set(odd[:1]), n=1)
+        raise ValueError(f"{name} and domain_weights name different domains: {', '.join(odd)} in one only"
+                         + (f"; is {odd[0]} meant to be {near[0]}?" if near else ""))
+
+
+def by_domain(name: str, value: dict[str, float] | str) -> dict[str, float]:
+    """A setting that is a dict, or the path of a JSON file of one, or "" for an empty one.  Raises UserError."""
+    if value == "":
+        return {}
+    with user_errors():
+        try:
+            values = conform(read_json(Path(value)) if isinstance(value, str) else value, dict[str, float])
+        except TypeError:
+            raise ValueError(f"{name} = {value}: the file must map domains to numbers") from None
+        check_by_domain(name, values)
+        return values
+
+
+def read_json(path: Path):
+    """Raises UserError if the file is not there or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
