@@ -178,9 +178,10 @@ def main(cfg: CompactSettings) -> None:
           "or weights of a size that fp32 cannot hold; nothing was written")
     with new_folder(cfg.out_dir) as temporary:
         write_model(temporary, weights, shape, folder / "assets")
-        weights = read_json(folder / "state.json")["domain_weights"]
-        (temporary / "domain_weights.json").write_text(json.dumps(weights, indent=2) + "\n")
-    print(f"wrote {cfg.out_dir}; domain_weights.json holds the mixture that pruning ended with")
+        state = read_json(folder / "state.json")
+        for name in ("domain_weights", "reference_loss"):
+            (temporary / f"{name}.json").write_text(json.dumps(state[name], indent=2) + "\n")
+    print(f"wrote {cfg.out_dir}, with domain_weights.json and reference_loss.json as pruning ended with them")
 
 
 if __name__ == "__main__":

