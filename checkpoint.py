@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data import RunData
 from runtime import RunState
 from settings import TrainSettings, UserError, by_domain, check, check_same_domains, read_json
+from tokenizer import load_tokenizer
 
 
 def read_model_config(folder: str | Path, config_class: type, name: str = "model_config.json"):
@@ -72,7 +74,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     parameters = dict(model.named_parameters())
     for name, tensor in read_tensors(path, {n: tuple(p.shape) for n, p in parameters.items()}):
-        check(bool(tensor.isfinite().all()), f"{path}: {name} holds NaN or infinite values")
+        check(all(v.isfinite() for v in tensor.aminmax()), f"{path}: {name} holds NaN or infinite values")
         parameters[name].copy_(tensor)
     return model
 
@@ -109,15 +111,15 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_model(folder: Path, tensors: dict[str, Tensor], config, assets: Path | None) -> None:
+def write_model(folder: Path, tensors: dict[str, Tensor], config, assets: list[Path]) -> None:
     """Fill a folder of `new_folder` as a model folder: model.safetensors, model_config.json and assets/.
 
-    assets: a folder of files carried along unread (tokenizer, the Hugging Face config of the source), or None.
+    assets: folders of files to carry along unread; of two files of one name the first folder's counts.
     """
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / "model.safetensors")
     (folder / "model_config.json").write_text(config.to_json())
-    if assets is not None and assets.is_dir():
-        shutil.copytree(assets, folder / "assets")
+    for source in reversed([a for a in assets if a.is_dir()]):
+        shutil.copytree(source, folder / "assets", dirs_exist_ok=True)
 
 
 # ---- checkpoints of a run
@@ -130,8 +132,8 @@ def parameter_names(model: nn.Module, masks: nn.Module | None = None) -> dict[st
 
 
 def save_checkpoint(out_dir: str | Path, state: RunState, *, model: nn.Module, model_config,
-                    optimizer: torch.optim.Optimizer, masks: nn.Module | None = None, target=None,
-                    assets: Path | None = None) -> Path:
+                    optimizer: torch.optim.Optimizer, assets: list[Path],
+                    masks: nn.Module | None = None, target=None) -> Path:
     """Write out_dir/step_*, whole or not at all; called on rank 0.  Returns the folder.  Raises UserError.
 
     optimizer.safetensors holds `<parameter>.<exp_avg | exp_avg_sq | step>`; masks.safetensors the state of l0.L0, and
@@ -177,12 +179,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, nn.Paramet
         optimizer.state[names[name]][key] = tensor.to(names[name].device)
 
 
-def start_run(cfg: TrainSettings, domains: list[str], *, is_main: bool) -> tuple[RunState, Path | None]:
-    """Make out_dir, or find where to go on: (state, checkpoint folder, None for a fresh start).  Raises UserError.
+def start_run(cfg: TrainSettings, data: RunData, *, is_main: bool) -> tuple[RunState, Path | None, list[Path]]:
+    """Make out_dir, or find where to go on: (state, checkpoint folder or None for a fresh start, assets to carry along).
 
-    is_main: this rank writes config.json, the settings as resolved.
+    is_main: this rank writes config.json, the settings as resolved.  Raises UserError or ValueError.
     """
-    out_dir = Path(cfg.out_dir)
+    out_dir, domains = Path(cfg.out_dir), data.domains
     folder = latest_checkpoint(out_dir)
     if folder is None:
         weights = by_domain("domain_weights", cfg.domain_weights) or {d: 1 / len(domains) for d in domains}
@@ -191,19 +193,31 @@ def start_run(cfg: TrainSettings, domains: list[str], *, is_main: bool) -> tuple
             check_same_domains("reference_loss", reference, weights)
         state = RunState(0, weights, dict.fromkeys(domains, 0), reference)
     else:
-        check(cfg.resume, f"{out_dir} holds a run already ({folder.name}); go on with --resume, or choose another --out_dir")
-        saved = read_json(folder / "state.json")
-        try:
-            state = RunState(**saved)
-        except TypeError as error:
-            raise UserError(f"{folder / 'state.json'} is not a state of this version: {error}") from None
+        check(cfg.resume, f"{out_dir} holds a run already ({folder.name}); go on with --resume, or choose another out_dir")
+        state = read_state(folder)
         check(sorted(state.domain_weights) == sorted(domains), f"{folder} was trained on the domains "
               f"{', '.join(state.domain_weights)}, not on {', '.join(domains)}")
         check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
+    assets = [data.tokenizer_dir]
+    if cfg.init_from:
+        own = Path(cfg.init_from) / "assets"
+        if any(own.glob("*token*")):
+            check(load_tokenizer(own).fingerprint == data.train[0].tokenizer, f"{cfg.data_dir} was made with another "
+                  f"tokenizer than the one in {own}; run prepare.py --tokenizer={own}")
+            assets = []
+        assets = [own, *assets]
     if is_main:
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
             (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {out_dir}: {error.strerror}") from None
-    return state, folder
+    return state, folder, assets
+
+
+def read_state(folder: Path) -> RunState:
+    """state.json of a checkpoint.  Raises UserError."""
+    try:
+        return RunState(**read_json(folder / "state.json"))
+    except TypeError as error:
+        raise UserError(f"{folder / 'state.json'} is not a state of this version: {error}") from None

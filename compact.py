@@ -163,21 +163,24 @@ def main(cfg: CompactSettings) -> None:
     with user_errors():
         l0 = load_weights(L0(mask_sets(source, target, modules)), folder / "masks.safetensors")
         masks = l0.deterministic()
-        model = load_weights(Transformer(source), folder)
+        with torch.device("meta"):
+            model = Transformer(source)
+        model = load_weights(model.to_empty(device="cpu"), folder)
         weights, shape = compact(dict(model.named_parameters()), source, masks)
     report(masks, l0.undecided(), source)
     if "layer" not in masks:  # head_layer and mlp close blocks, and how many layers lose both is not set beforehand
         target = dataclasses.replace(target, n_layers=shape.n_layers)
     check(shape == target, f"compacted to {shape}, not to the target {target}")
-    dense = Transformer(shape)
-    dense.load_state_dict(weights)
+    with torch.device("meta"):
+        dense = Transformer(shape)
+    dense.load_state_dict(weights, assign=True)
     difference, largest = largest_difference(model, masks, dense)
     print(f"{source.n_params():,} -> {shape.n_params():,} parameters; masked and compacted logits differ by at most "
           f"{difference:.2e} (largest logit {largest:.2f})")
     check(difference <= TOLERANCE * max(1.0, largest), f"that is more than {TOLERANCE} of the largest logit: a bug, "
           "or weights of a size that fp32 cannot hold; nothing was written")
     with new_folder(cfg.out_dir) as temporary:
-        write_model(temporary, weights, shape, folder / "assets")
+        write_model(temporary, weights, shape, [folder / "assets"])
         state = read_json(folder / "state.json")
         for name in ("domain_weights", "reference_loss"):
             (temporary / f"{name}.json").write_text(json.dumps(state[name], indent=2) + "\n")

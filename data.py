@@ -112,7 +112,7 @@ class RunData:
 
     train: list[Split]
     eval: list[Split]
-    assets: Path  # the tokenizer that made the tokens
+    tokenizer_dir: Path  # the tokenizer that made the tokens
 
     @property
     def domains(self) -> list[str]:
@@ -303,7 +303,9 @@ def update_domain_weights(weights: dict[str, float], losses: dict[str, float | N
     if excess == "clipped":
         gap = gap.clip(min=0)
     old = np.array([weights[d] for d in known])
-    w = old * np.exp(eta * (gap - gap.max()))  # the shift cancels in the normalisation, and nothing overflows
+    with np.errstate(divide="ignore"):  # a weight of 0 is -inf here, and 0 again below
+        log_w = np.log(old) + eta * gap
+    w = np.exp(log_w - log_w.max())  # the shift cancels in the normalisation: nothing overflows, and not all underflow
     w = (1 - smoothing) * w / w.sum() + smoothing / len(known)
     floor = min(min_weight / mass, 1 / len(known))
     low = w < floor

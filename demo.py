@@ -32,7 +32,7 @@ def files(folder: Path, pattern: str) -> Iterator[str]:
     """The text of every file that is not huge, in an order that does not depend on the file system."""
     for path in sorted(folder.rglob(pattern), key=lambda p: p.relative_to(folder).as_posix()):
         inside = set(path.relative_to(folder).parts)
-        if path.stat().st_size < 40_000 and not inside & {"site-packages", "test", "tests", "idlelib", "lib2to3"}:
+        if path.stat().st_size < 20_000 and not inside & {"site-packages", "test", "tests", "idlelib", "lib2to3"}:
             yield path.read_text(encoding="utf-8", errors="ignore")
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     started = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     gather(OUT / "raw")
-    run("prepare.py", f"--input_dir={OUT}/raw", f"--out_dir={OUT}/data", "--train_tokenizer=2048", "--eval_fraction=0.03",
+    run("prepare.py", f"--input_dir={OUT}/raw", f"--out_dir={OUT}/data", "--train_tokenizer=2048", "--eval_fraction=0.05",
         "--prune_fraction=0.4")
     run("pretrain.py", "configs/demo_source.py")
     run("prune.py", "configs/demo_prune.py")

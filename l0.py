@@ -46,12 +46,12 @@ def mask_sets(source, target, modules: tuple[str, ...] | None = None) -> dict[st
     """
     a, b = dims(source), dims(target)
     gqa = a["K"] != a["H"]
+    if not gqa and b["K"] != b["H"]:
+        raise ValueError(f"target n_kv_heads = {b['K']} must equal n_heads = {b['H']}, since the source has no groups")
     for letter, name in (("d", "hidden_size"), ("L", "n_layers"), ("H", "n_heads"), ("K", "n_kv_heads"),
                          ("G", "query heads a KV head"), ("f", "intermediate_size")):
         if not 1 <= b[letter] <= a[letter]:
             raise ValueError(f"target {name} = {b[letter]} is not between 1 and the source's {a[letter]}")
-    if not gqa and b["K"] != b["H"]:
-        raise ValueError(f"target n_kv_heads = {b['K']} must equal n_heads = {b['H']}, since the source has no groups")
     default = ("hidden", "layer", "intermediate") + (("kv_head", "query_head") if gqa else ("head",))
     modules = default if modules is None else modules
     if unknown := [m for m in modules if m not in MASKS]:

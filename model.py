@@ -56,13 +56,15 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd, and rotary embeddings turn pairs")
         if self.rope_scaling is not None:
+            if not isinstance(self.rope_scaling, dict):
+                raise ValueError(f"rope_scaling = {self.rope_scaling!r} is not a dict with a rope_type")
             kind = self.rope_scaling.get("rope_type")
             needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
                                                        "original_max_position_embeddings"]}
             if kind not in needed:
                 raise ValueError(f'rope_scaling rope_type = {kind!r} is not one of "linear", "llama3"')
-            if missing := [k for k in needed[kind] if not isinstance(self.rope_scaling.get(k), (int, float))]:
-                raise ValueError(f"rope_scaling of type {kind} lacks a number for {', '.join(missing)}")
+            if missing := [k for k in needed[kind] if type(v := self.rope_scaling.get(k)) not in (int, float) or not v > 0]:
+                raise ValueError(f"rope_scaling of type {kind} lacks a number above 0 for {', '.join(missing)}")
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
@@ -112,12 +114,16 @@ def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str,
     if kv_head is not None:
         kv_head = kv_head.repeat_interleave(cfg.n_heads // cfg.n_kv_heads)  # a KV head takes its group along
     hidden = masks.get("hidden")
+
+    def each_output(factor: Tensor | None) -> Tensor | None:  # () without a hidden mask, else (d)
+        return None if factor is None else factor.expand(cfg.hidden_size)
+
     return {
         "hidden": hidden,
         "head": product(z.get("head"), kv_head, None if query_head is None else query_head.flatten()),
         "intermediate": z.get("intermediate"),
-        "attention_out": product(z.get("layer"), z.get("head_layer"), hidden),
-        "mlp_out": product(z.get("layer"), z.get("mlp"), hidden),
+        "attention_out": each_output(product(z.get("layer"), z.get("head_layer"), hidden)),
+        "mlp_out": each_output(product(z.get("layer"), z.get("mlp"), hidden)),
     }
 
 
@@ -270,7 +276,9 @@ class Transformer(nn.Module):
         # token, but in half precision it comes back rounded to three digits: there the mean is taken here, in fp32.
         fused_mean = reduction == "mean" and x.dtype not in (torch.bfloat16, torch.float16)
         loss = F.linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), reduction="mean" if fused_mean else "none",
-                                      options=nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK))
+                                      options=nn.LinearCrossEntropyOptions(
+                                          batch_chunk_size=LOSS_CHUNK,
+                                          allow_retain_graph=torch.compiler.is_compiling()))  # or the graph breaks
         if fused_mean:
             return loss
         loss = loss.view(targets.shape).to(torch.promote_types(loss.dtype, torch.float32))

@@ -16,7 +16,7 @@ from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
 from model import ModelConfig, Transformer, init_weights
 from runtime import (Metrics, Processes, RunState, announce_exhausted, clip_and_step, lr_factor, make_optimizer, no_sync,
                      start_processes, wrap)
-from settings import TrainSettings, by_domain, require, run_stage, user_errors
+from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class PretrainSettings(TrainSettings):
 def model_config(cfg: PretrainSettings) -> ModelConfig:
     """The shape to train.  Raises ValueError or UserError."""
     if cfg.shape is None:
-        return read_model_config(cfg.init_from, ModelConfig)
+        shape = read_model_config(cfg.init_from, ModelConfig)
+        check(not (Path(cfg.init_from) / "masks.safetensors").exists(), f"init_from = {cfg.init_from} holds masks, which "
+              "would be lost; run compact.py on it first")
+        return shape
     try:
         return ModelConfig(**cfg.shape)
     except TypeError as error:  # an unknown or a missing field, named by Python
@@ -69,16 +72,16 @@ def main(cfg: PretrainSettings) -> None:
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=shape.vocab_size, context_length=shape.context_length)
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
-        state, checkpoint = start_run(cfg, data.domains, is_main=processes.rank == 0)
+        state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
     model, optimizer = build(cfg, shape, checkpoint, processes.device)
     processes.say(f"{shape.n_params():,} parameters")
     processes.say(budget_table(data.train, state.domain_weights, state.cursors,
                                (cfg.max_steps - state.step) * cfg.global_batch_size))
-    train(cfg, processes, data, sampler, state, model, optimizer)
+    train(cfg, processes, data, sampler, state, model, optimizer, assets)
 
 
 def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, optimizer: torch.optim.AdamW) -> None:
+          model: Transformer, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
     """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
@@ -96,7 +99,7 @@ def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: S
         if step > first and (step % cfg.save_interval == 0 or last):
             if rank == 0:
                 save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, optimizer=optimizer,
-                                assets=data.assets)
+                                assets=assets)
             processes.barrier()
         if last:
             break

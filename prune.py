@@ -27,16 +27,16 @@ from l0 import L0, expected_params, mask_sets, prob_open
 from model import ModelConfig, Transformer
 from runtime import (Metrics, Processes, RunState, announce_exhausted, average_gradients, clip_and_step, lr_factor,
                      make_optimizer, no_sync, start_processes, wrap)
-from settings import TrainSettings, by_domain, require, run_stage, user_errors
+from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
 
 
 @dataclass(frozen=True)
 class PruneSettings(TrainSettings):
-    target_hidden_size: int | None = None  # d of the target; None: the source's, as for the next four
-    target_n_layers: int | None = None  # L
-    target_n_heads: int | None = None  # H, query heads
-    target_n_kv_heads: int | None = None  # K; None: as many as keep the source's group size
-    target_intermediate_size: int | None = None  # f
+    target_hidden_size: int | None = None  # d of the target; None: the source's
+    target_n_layers: int | None = None  # L of the target; None: the source's
+    target_n_heads: int | None = None  # H, query heads of the target; None: the source's
+    target_n_kv_heads: int | None = None  # K of the target; None: as many as keep the source's group size
+    target_intermediate_size: int | None = None  # f of the target; None: the source's
     pruning_modules: tuple[str, ...] | None = None  # mask sets, names of l0.MASKS; None: those that the target needs
 
     mask_learning_rate: float = 1.0  # peak, of log_alpha
@@ -48,6 +48,9 @@ class PruneSettings(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in (f.name for f in dataclasses.fields(self) if f.name.startswith("target_")):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value} must be above 0, or None")
         for name in ("mask_learning_rate", "multiplier_learning_rate"):
             require(0 < getattr(self, name) < math.inf, f"{name} = {getattr(self, name)} must be above 0")
         require(self.lagrangian_warmup_steps >= 0, f"lagrangian_warmup_steps = {self.lagrangian_warmup_steps} must not be "
@@ -104,24 +107,26 @@ def main(cfg: PruneSettings) -> None:
     processes = start_processes(cfg)
     with user_errors():
         source = read_model_config(cfg.init_from, ModelConfig)
+        check(not (Path(cfg.init_from) / "masks.safetensors").exists(), f"init_from = {cfg.init_from} holds masks, which "
+              "would be lost; run compact.py on it first, or go on with that run by --resume")
         target = target_config(cfg, source)
         sets = mask_sets(source, target, cfg.pruning_modules)
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
-        state, checkpoint = start_run(cfg, data.domains, is_main=processes.rank == 0)
+        state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes.device)
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
     processes.say(budget_table(data.train, state.domain_weights, state.cursors,
                                (cfg.max_steps - state.step) * cfg.global_batch_size))
-    train(cfg, processes, data, sampler, state, model, masks, optimizer, target)
+    train(cfg, processes, data, sampler, state, model, masks, optimizer, target, assets)
     for name, (dead, between) in masks.undecided().items():
         processes.say(f"{name}: {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
 
 
 def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState, model: Transformer,
-          masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig) -> None:
+          masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig, assets: list[Path]) -> None:
     """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
@@ -143,7 +148,7 @@ def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Samp
         if step > first and (step % cfg.save_interval == 0 or last):
             if rank == 0:
                 save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, optimizer=optimizer, masks=masks,
-                                target=target, assets=data.assets)
+                                target=target, assets=assets)
             processes.barrier()
         if last:
             break

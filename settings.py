@@ -24,8 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 
 class UserError(Exception):
     """Something the user can mend.  The message: what, its value, what was expected, what to do.  One line."""
@@ -163,9 +161,14 @@ def parse_args(cls: type, argv: list[str]):
 def run_stage(main: Callable, cls: type) -> None:
     """`main(settings)` from the command line.  A user's error is one line on stderr and exit status 2.
 
+    torch is looked up, not imported, for the sake of stages that need none: prepare.py starts a process for each core.
     Under torchrun the first rank to exit has the others killed, so rank 0 speaks first: the others wait a moment, and
     speak only if rank 0 had nothing to say.
     """
+    def in_process_group() -> bool:
+        dist = sys.modules.get("torch.distributed")
+        return dist is not None and dist.is_initialized()
+
     try:
         main(parse_args(cls, sys.argv[1:]))
     except UserError as error:
@@ -173,11 +176,11 @@ def run_stage(main: Callable, cls: type) -> None:
         if rank:
             time.sleep(5)
         print(f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)  # a process group's threads can hang a clean exit
+        os._exit(2) if in_process_group() else sys.exit(2)  # a process group's threads can hang a clean exit
     except KeyboardInterrupt:
         sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if in_process_group():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 # ---- settings that both training stages share

@@ -45,12 +45,11 @@ def printed(capsys, folder: Path, **settings) -> list[str]:
 
 
 def test_a_seed_gives_a_text(folder, capsys):
-    before = torch.get_rng_state()
     texts = printed(capsys, folder, prompt="AB", max_new_tokens=30, n_samples=3)
     assert len(set(texts)) == 3 and all(text.startswith("AB") for text in texts)
+    torch.manual_seed(99)  # the global generator has no part in it
     assert texts == printed(capsys, folder, prompt="AB", max_new_tokens=30, n_samples=3)
     assert texts[1:2] == printed(capsys, folder, prompt="AB", max_new_tokens=30, seed=1235)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 @torch.no_grad()
@@ -85,7 +84,7 @@ def test_refused(folder):
     (folder / "masks.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"run compact\.py first"):
         sample.main(sample.SampleSettings(model_dir=str(folder)))
-    done = subprocess.run([sys.executable, sample.__file__, "--model_dir=nowhere"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "sample.py: model folder nowhere does not exist\n")
-    done = subprocess.run([sys.executable, sample.__file__, "--model_dir=x", "--temperature=-1"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "sample.py: temperature = -1.0 must not be negative\n")
+    for flags, message in ((["--model_dir=nowhere"], "model folder nowhere does not exist"),
+                           (["--model_dir=x", "--temperature=-1"], "temperature = -1.0 must not be negative")):
+        done = subprocess.run([sys.executable, sample.__file__, *flags], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, f"sample.py: {message}\n")

@@ -1,0 +1,450 @@
+"""Convert a Hugging Face folder or a GGUF file to a model folder of ours, and a model folder to a Hugging Face folder.
+
+    python convert.py --from_hf=Llama-2-7b-hf --out_dir=models/llama2_7b
+    python convert.py --to_hf=out/1.3b/step_0048000 --out_dir=export/sheared_1.3b --dtype=bfloat16
+    python convert.py --from_gguf=SmolLM2-135M.gguf --out_dir=models/smollm2_135m
+
+Exact unless --dtype says otherwise, with one tensor in memory at a time and every tensor of the source accounted for.
+--verify compares the logits of both sides before the new folder gets its name.  Other projects' names of things are
+known in this file only.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import load_weights, new_folder, read_model_config
+from model import ModelConfig, Transformer
+from settings import UserError, check, read_json, require, run_stage
+from tokenizer import load_tokenizer
+
+# What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
+CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+           "tekken.json", "tiktoken.txt", "vocab.*", "merges.txt", "chat_template*", "LICENSE*", "NOTICE*")
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ROPE_KEYS = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GGUF_CONFIG = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers", "rope.freq_base": "rope_theta",
+               "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+               "attention.layer_norm_rms_epsilon": "rms_norm_eps", "feed_forward_length": "intermediate_size",
+               "context_length": "max_position_embeddings", "rope.dimension_count": "head_dim",
+               "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
+GGUF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+GGUF_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+            "output.weight": "lm_head.weight"}
+# This class takes tokenizer.json as it is; those of the architectures rebuild it by rules of their own.
+TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+TOLERANCE = 1e-4  # --verify: largest difference of a logit, as a share of the largest logit
+
+Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    out_dir: str  # folder to write; must not exist
+    from_hf: str = ""  # Hugging Face folder to read: Llama, Mistral or Qwen2, in safetensors
+    from_gguf: str = ""  # GGUF file to read, of architecture "llama"; its weights become float32
+    to_hf: str = ""  # model folder of ours, or a step_* folder, to write as a Hugging Face folder
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights written; source: unchanged
+    shard_gb: float = 5.0  # with to_hf: a file of weights holds at most so many GB
+    verify: bool = False  # compare logits with transformers'; on a mismatch write nothing and exit with status 1
+
+    def __post_init__(self):
+        given = [name for name in ("from_hf", "from_gguf", "to_hf") if getattr(self, name)]
+        require(len(given) == 1, f"one of from_hf, from_gguf, to_hf must be given, not {' and '.join(given) or 'none'}")
+        require(self.shard_gb > 0, f"shard_gb = {self.shard_gb} must be above 0")
+
+
+# ---- tensors, one at a time
+
+
+def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
+    """The tensors of safetensors files, none of them read yet, and the dtype that holds all of them exactly."""
+
+    def load(path: Path, name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:  # opened anew: what was read of a mapped file stays till it closes
+            return file.get_tensor(name)
+
+    loaders, dtypes, left_out = {}, set(), 0
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.endswith("rotary_emb.inv_freq"):
+                        left_out += 1
+                        continue
+                    code = file.get_slice(name).get_dtype()
+                    check(code in DTYPES, f"{path}: {name} holds {code} numbers, not {', '.join(DTYPES)}; "
+                          "take a checkpoint that is not quantised")
+                    dtypes.add(DTYPES[code])
+                    loaders[name] = functools.partial(load, path, name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    if left_out:
+        print(f"left out {left_out} rotary_emb.inv_freq buffers: they follow from the config")
+    return loaders, functools.reduce(torch.promote_types, dtypes, torch.bool)  # bool gives way to any
+
+
+def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch.dtype, *, source: str,
+                  max_gb: float = math.inf) -> None:
+    """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors.
+
+    safetensors' save_file wants all tensors at once; the format is a length, a JSON header and the bytes.
+    """
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(cfg).named_parameters()}
+    missing, unexpected = sorted(shapes.keys() - loaders.keys()), sorted(loaders.keys() - shapes.keys())
+    check(not missing and not unexpected, f"{source}: missing tensors {missing[:3]} ({len(missing)}), "
+          f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+    nbytes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
+    shards = [[]]
+    for name in shapes:
+        if shards[-1] and sum(nbytes[n] for n in shards[-1]) + nbytes[name] > max_gb * 1e9:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    code = next(code for code, each in DTYPES.items() if each == dtype)
+    bar = tqdm(total=sum(nbytes.values()), unit="B", unit_scale=True, disable=None)
+    for filename, names in zip(files, shards):
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            start, end = end, end + nbytes[name]
+            header[name] = {"dtype": code, "shape": shapes[name], "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that the numbers lie aligned
+        with open(folder / filename, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                tensor = loaders[name]().to(dtype)
+                check(tensor.shape == shapes[name], f"{source}: {name} has shape {tuple(tensor.shape)}, but the config "
+                      f"calls for {tuple(shapes[name])}")
+                finite = all(x.isfinite() for x in tensor.aminmax())  # no copy, as isfinite() of the tensor would make
+                check(finite, f"{source}: {name} holds NaN or infinite values (as {dtype})")
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                bar.update(nbytes[name])
+    bar.close()
+    if len(files) > 1:
+        places = {name: filename for filename, names in zip(files, shards) for name in names}
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": places})
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in {p for pattern in patterns for p in source.glob(pattern) if p.is_file()}:
+        shutil.copyfile(path, folder / path.name)
+
+
+# ---- configs
+
+
+def config_from_hf(hf: dict, source: Path) -> ModelConfig:
+    """The shape that a config.json describes.  Raises UserError on what our model does not compute."""
+    kind = hf.get("model_type")
+    check(kind in CLASSES, f"{source}: model_type = {kind!r} is not one of {', '.join(CLASSES)}")
+    # transformers 5 writes rope_parameters; 4 rope_theta and rope_scaling, and its older versions type for rope_type.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    check(isinstance(rope, dict), f"{source}: the rotary parameters {rope!r} are not an object")
+    rope = {"rope_theta": hf.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default")} | rope
+    only = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
+    for name, value in only.items():
+        got = (rope | hf).get(name)
+        check(got in (None, value), f"{source}: {name} = {got!r} is not supported, only {value!r}")
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings", "rms_norm_eps")
+    missing = [name for name in needed if hf.get(name) is None]
+    check(not missing, f"{source}: no value for {', '.join(missing)}")
+    # Within a sliding window, attention is causal attention: the context ends there.  MistralConfig's default is 4096.
+    window = hf.get("sliding_window", 4096) if kind == "mistral" or hf.get("use_sliding_window") else None
+    bias = kind == "llama" and bool(hf.get("attention_bias"))
+    try:
+        return ModelConfig(
+            vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
+            n_heads=hf["num_attention_heads"], n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            intermediate_size=hf["intermediate_size"], norm_eps=hf["rms_norm_eps"], rope_theta=rope["rope_theta"],
+            rope_scaling=None if rope["rope_type"] == "default" else {k: rope[k] for k in ROPE_KEYS if k in rope},
+            context_length=min(hf["max_position_embeddings"], window or math.inf),
+            tie_embeddings=bool(hf.get("tie_word_embeddings")),
+            qkv_bias=kind == "qwen2" or bias, o_bias=bias,
+        )
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def config_to_hf(cfg: ModelConfig, carried: dict, dtype: torch.dtype) -> dict:
+    """A config.json for transformers 4 and 5: the carried one, with all that describes the model replaced."""
+    kind = "mistral" if carried.get("model_type") == "mistral" else "llama"
+    divides = cfg.hidden_size % cfg.n_heads == 0  # if not, transformers 5 refuses a Llama, whatever its head_dim
+    if cfg.qkv_bias or cfg.o_bias:
+        kind = "llama" if cfg.o_bias else "qwen2"
+        check(cfg.qkv_bias and (divides or kind == "qwen2"), f"no Hugging Face class has qkv_bias = {cfg.qkv_bias}, "
+              f"o_bias = {cfg.o_bias} and hidden_size / n_heads = {cfg.hidden_size} / {cfg.n_heads}")
+    elif not divides:
+        kind = "mistral"  # without a window the same function as Llama
+    stale = ("_name_or_path", "transformers_version", "pretraining_tp", "layer_types", "max_window_layers",
+             "use_sliding_window", "sliding_window", "partial_rotary_factor", "attention_bias", "mlp_bias", "auto_map")
+    rope, name = cfg.rope_scaling or {"rope_type": "default"}, str(dtype).removeprefix("torch.")
+    result = {k: v for k, v in carried.items() if k not in stale} | {
+        "model_type": kind, "architectures": [CLASSES[kind]], "hidden_act": "silu",
+        "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size, "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.intermediate_size, "rms_norm_eps": cfg.norm_eps,
+        "max_position_embeddings": cfg.context_length, "tie_word_embeddings": cfg.tie_embeddings,
+        "dtype": name, "rope_parameters": rope | {"rope_theta": float(cfg.rope_theta)},  # transformers 5
+        "torch_dtype": name, "rope_theta": float(cfg.rope_theta), "rope_scaling": cfg.rope_scaling,  # transformers 4
+    } | {"llama": {"attention_bias": cfg.o_bias}, "mistral": {"sliding_window": None}, "qwen2": {}}[kind]
+    assert config_from_hf(result, Path("config.json")) == cfg, "config.json says something else than model_config.json"
+    return result
+
+
+def gguf_to_hf(meta: dict, loaders: Loaders, source: Path) -> dict:
+    """GGUF metadata as a config.json.  Raises UserError on what that cannot say."""
+    architecture = meta.get("general.architecture")
+    check(architecture == "llama", f"{source}: architecture = {architecture!r} is not supported, only 'llama'")
+    hf = {name: meta[f"llama.{key}"] for key, name in GGUF_CONFIG.items() if f"llama.{key}" in meta}
+    hf = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in hf.items()}  # float32 1e-5 is 9.9999997e-6
+    sizes = {meta[f"llama.{k}"] for k, name in GGUF_CONFIG.items() if name == "head_dim" and f"llama.{k}" in meta}
+    check(len(sizes) < 2, f"{source}: rotary dimension, key length and value length are not equal: {sorted(sizes)}")
+    kind = meta.get("llama.rope.scaling.type", "none")
+    if kind != "none":
+        hf["rope_scaling"] = {"rope_type": kind, "factor": meta.get("llama.rope.scaling.factor")}
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    hf |= {name: meta[k] for name, key in ids.items() if (k := f"tokenizer.ggml.{key}_token_id") in meta}
+    vocab_size = meta.get("llama.vocab_size") or len(meta.get("tokenizer.ggml.tokens", ())) or None
+    return hf | {"model_type": "llama", "vocab_size": vocab_size, "tie_word_embeddings": "lm_head.weight" not in loaders,
+                 "attention_bias": "model.layers.0.self_attn.q_proj.bias" in loaders}
+
+
+# ---- tokenizers: the files that let transformers' AutoTokenizer read them
+
+
+def write_tokenizer(folder: Path, vocab: dict, merges: list, *, special: list, add_bos: bool, names: dict, parts: dict,
+                    **options) -> None:
+    """tokenizer.json of a BPE tokenizer, and tokenizer_config.json."""
+    from tokenizers import Tokenizer, models, processors
+
+    tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
+    tokenizer.add_special_tokens(special)
+    if add_bos:
+        bos = names["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | names)
+
+
+def tokenizer_from_gguf(meta: dict, folder: Path) -> str:
+    """Write the tokenizer of GGUF metadata if it is a byte-level BPE with known splits.  Returns why not, or ""."""
+    get = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in meta.items()}.get
+    if get("model") != "gpt2" or get("pre") not in ("smollm", "gpt-2"):
+        return f"the file's is {get('model')!r} with pre-tokenizer {get('pre')!r}; neither smollm's nor gpt-2's"
+    from tokenizers import decoders, pre_tokenizers
+
+    tokens = get("tokens")
+    split = [pre_tokenizers.Digits(individual_digits=True)] if get("pre") == "smollm" else []
+    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    names = {name: tokens[i] for name, key in keys.items() if (i := get(f"{key}_token_id")) is not None}
+    names |= {"chat_template": get("chat_template")} if get("chat_template") else {}
+    write_tokenizer(
+        folder, {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in get("merges")],
+        special=[token for token, kind in zip(tokens, get("token_type")) if kind == 3],  # 3: control
+        add_bos=bool(get("add_bos_token")), names=names,
+        parts={"pre_tokenizer": pre_tokenizers.Sequence(split), "decoder": decoders.ByteLevel()})
+    return ""
+
+
+def tokenizer_from_sentencepiece(folder: Path) -> str:
+    """Write the tokenizer of tokenizer.model if it is a BPE without normalisation, as prepare.py trains them.
+
+    Without tokenizer.json, transformers needs protobuf to read a tokenizer.model.  Returns why not, or "".
+    """
+    if importlib.util.find_spec("tokenizers") is None or not (folder / "tokenizer.model").is_file():
+        return "it takes the package tokenizers and a tokenizer.model"
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import decoders, normalizers
+
+    try:
+        sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except RuntimeError:
+        return "tokenizer.model is not SentencePiece's"
+    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    special = [piece for i, piece in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)]
+    ranked = [i for i, piece in enumerate(pieces) if piece not in special and not sp.is_byte(i)]
+    prefix = sp.normalize("a").removesuffix("a")  # "▁" or nothing
+    # A trained BPE scores its pieces 0, -1, -2, ...: the order of its merges.
+    if ([sp.get_score(i) for i in ranked] != [-float(n) for n in range(len(ranked))]
+            or sp.normalize("  a\t\ufb01 \n e\u0301  ") != prefix + "▁▁a\t\ufb01▁\n▁e\u0301▁▁"):
+        return "tokenizer.model is not a BPE without normalisation"
+    normal = {pieces[i] for i in ranked}
+    merges = [(p[:k], p[k:]) for p in (pieces[i] for i in ranked) for k in range(1, len(p))
+              if p[:k] in normal and p[k:] in normal]
+    spaces = [normalizers.Prepend(prefix)] * bool(prefix) + [normalizers.Replace(" ", "▁")]
+    words = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    words += [decoders.Strip(" ", 1, 0)] if prefix else []
+    ids = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id()}
+    write_tokenizer(
+        folder, {piece: i for i, piece in enumerate(pieces)}, merges, special=special, add_bos=ids["bos"] >= 0,
+        names={f"{name}_token": pieces[i] for name, i in ids.items() if i >= 0},
+        parts={"normalizer": normalizers.Sequence(spaces), "decoder": decoders.Sequence(words)},
+        unk_token=pieces[ids["unk"]], fuse_unk=True, byte_fallback=True)
+    return ""
+
+
+# ---- the three directions
+
+
+def from_hf(settings: ConvertSettings, folder: Path) -> None:
+    """Fill `folder` as a model folder from a Hugging Face folder."""
+    source = Path(settings.from_hf)
+    check(source.is_dir(), f"from_hf = {source} is not a folder; fetch a model of the Hub first: hf download NAME")
+    hf = read_json(source / "config.json")
+    check(isinstance(hf, dict), f"{source / 'config.json'} is not a JSON object")
+    cfg = config_from_hf(hf, source / "config.json")
+    single, index = source / "model.safetensors", source / "model.safetensors.index.json"
+    check(single.is_file() or index.is_file(), f"{source} has neither {single.name} nor {index.name}; others, such as "
+          "pytorch_model.bin, are pickles and never read: have transformers save it as safetensors")
+    files = [single.name]
+    if not single.is_file():
+        places = read_json(index)
+        check(isinstance(places, dict) and isinstance(places.get("weight_map"), dict), f"{index} has no weight_map")
+        files = sorted(set(places["weight_map"].values()))
+    missing = [file for file in files if not (source / file).is_file()]
+    check(not missing, f"{source} lacks the shards {', '.join(missing)} that {index.name} names")
+    loaders, dtype = open_safetensors([source / file for file in files])
+    if cfg.tie_embeddings and "lm_head.weight" in loaders and "model.embed_tokens.weight" in loaders:
+        same = torch.equal(loaders.pop("lm_head.weight")(), loaders["model.embed_tokens.weight"]())
+        check(same, f"{source}: tie_word_embeddings is true, but lm_head.weight is not the embedding; if the file is "
+              "right, set it to false in config.json")
+    write_weights(folder, cfg, loaders, getattr(torch, settings.dtype, dtype), source=settings.from_hf)
+    (folder / "model_config.json").write_text(cfg.to_json())
+    copy_files(source, folder / "assets", CARRIED)
+
+
+def from_gguf(settings: ConvertSettings, folder: Path) -> None:
+    """Fill `folder` as a model folder from a GGUF file."""
+    path = Path(settings.from_gguf)
+    check(path.is_file(), f"from_gguf = {path} does not exist")
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        meta = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as GGUF: {error}") from None
+
+    def load(tensor: gguf.ReaderTensor, n_heads: int | None) -> Tensor:
+        try:
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError as error:
+            raise UserError(f"{path}: {tensor.name}: {error}") from None
+        if n_heads is None:
+            return values
+        # The rotary embedding of GGUF turns neighbouring rows of a head, (h/2, 2); ours the two halves, (2, h/2).
+        return values.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+
+    heads = {"attn_q": meta.get("llama.attention.head_count")}
+    heads["attn_k"] = meta.get("llama.attention.head_count_kv", heads["attn_q"])
+    loaders = {}
+    for tensor in reader.tensors:
+        name, parts = GGUF_TOP.get(tensor.name, tensor.name), tensor.name.split(".")
+        if parts[0] == "blk" and parts[2] in GGUF_LAYER:
+            name = f"model.layers.{parts[1]}.{GGUF_LAYER[parts[2]]}.{parts[3]}"
+        loaders[name] = functools.partial(load, tensor, heads.get(parts[2]) if len(parts) > 2 else None)
+    hf = gguf_to_hf(meta, loaders, path)
+    cfg = config_from_hf(hf, path)
+    write_weights(folder, cfg, loaders, getattr(torch, settings.dtype, torch.float32), source=settings.from_gguf)
+    (folder / "model_config.json").write_text(cfg.to_json())
+    (folder / "assets").mkdir()
+    write_json(folder / "assets" / "config.json", config_to_hf(cfg, hf, torch.float32))
+    if why_not := tokenizer_from_gguf(meta, folder / "assets"):
+        print(f"no tokenizer written: {why_not}; put the model's tokenizer files into {settings.out_dir}/assets")
+
+
+def to_hf(settings: ConvertSettings, folder: Path) -> None:
+    """Fill `folder` as a Hugging Face folder from a model folder."""
+    source = Path(settings.to_hf)
+    cfg = read_model_config(source, ModelConfig)
+    check(not (source / "masks.safetensors").exists(), f"{source} holds masks, and no Hugging Face model has any; "
+          "run compact.py first")
+    check((source / "model.safetensors").is_file(), f"{source} has no model.safetensors")
+    loaders, dtype = open_safetensors([source / "model.safetensors"])
+    dtype = getattr(torch, settings.dtype, dtype)  # "source" is no name of torch's
+    write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
+    copy_files(source / "assets", folder, ("*",))
+    path, unknown = folder / "config.json", {"bos_token_id": None, "eos_token_id": None}  # or transformers takes 1 and 2
+    carried = read_json(path) if path.is_file() else unknown
+    bare = not (folder / "tokenizer_config.json").is_file()
+    if bare and (folder / "tokenizer.json").is_file():
+        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    elif bare and (why_not := tokenizer_from_sentencepiece(folder)):
+        print(f"no tokenizer.json written, so AutoTokenizer may not find a tokenizer: {why_not}")
+    if bare and (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+        carried |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    write_json(path, config_to_hf(cfg, carried, dtype))
+
+
+@torch.no_grad()
+def verify(settings: ConvertSettings, folder: Path) -> None:
+    """Compare the logits of both sides in float32.  Exits with status 1 if they differ by more than TOLERANCE."""
+    from transformers import AutoModelForCausalLM
+
+    def logits(model: torch.nn.Module) -> Tensor:
+        for p in model.parameters() if settings.dtype != "source" else ():
+            p.copy_(p.to(getattr(torch, settings.dtype)))  # what --dtype did to one side only
+        return model.eval()(tokens)
+
+    cfg = read_model_config(settings.to_hf or folder, ModelConfig)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(cfg.vocab_size, (2, min(64, cfg.context_length)), generator=generator)  # (B, T)
+    path, options = settings.from_hf or folder, {}
+    if settings.from_gguf:
+        path, options = Path(settings.from_gguf).parent, {"gguf_file": Path(settings.from_gguf).name}
+    theirs = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)).logits  # (B, T, V)
+    with torch.device("meta"):  # no time goes into weights that are about to be replaced
+        model = Transformer(cfg)
+    ours = logits(load_weights(model.to_empty(device="cpu"), settings.to_hf or folder))
+    difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    print(f"verify: largest difference {difference:.2e} of logits up to {scale:.3g}, on {tokens.numel()} tokens")
+    if not difference <= TOLERANCE * scale:
+        print(f"convert.py: logits differ by more than {TOLERANCE} of the largest; nothing written", file=sys.stderr)
+        sys.exit(1)
+
+
+def main(settings: ConvertSettings) -> None:
+    needed = ["gguf", "tokenizers"] * bool(settings.from_gguf) + ["transformers"] * settings.verify
+    needed += ["accelerate"] * (settings.verify and bool(settings.from_gguf))  # transformers reads GGUF through it
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    check(not missing, f"this needs packages that are not installed; pip install {' '.join(missing)}")
+    with new_folder(settings.out_dir) as folder:
+        (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
+        if settings.verify:
+            verify(settings, folder)
+    print(f"wrote {settings.out_dir}")
+
+
+if __name__ == "__main__":
+    run_stage(main, ConvertSettings)

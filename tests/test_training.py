@@ -1,0 +1,370 @@
+"""Both loops: what must be the same however a run is cut, split or resumed, and what becomes of runs that go wrong."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (DOMAINS, TARGET, flags, pretrain_settings, prune_settings, read_metrics, run_script,
+                      tiny_config, write_data_dir, write_tokens)
+from safetensors.torch import load_file, save_file
+
+import pretrain
+import prune
+from data import Sampler
+from runtime import clip_and_step, lr_factor, make_optimizer
+from settings import UserError, run_stage
+
+STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
+SAME_SIZE = dict.fromkeys(TARGET)  # target None: the source's
+STEERED = dict(update="doremi", reference_loss=dict.fromkeys(DOMAINS, 3.0))
+SPEED = ("tokens_per_second", "mfu")
+
+
+def without_speed(out_dir: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in read_metrics(out_dir)]
+
+
+def train_lines(out_dir: Path) -> list[dict]:
+    return [line for line in read_metrics(out_dir) if "loss" in line]
+
+
+def eval_lines(out_dir: Path) -> list[dict]:
+    return [line for line in read_metrics(out_dir) if "eval_loss" in line]
+
+
+def same_files(a: Path, b: Path) -> None:
+    names = {p.relative_to(a) for p in a.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(b) for p in b.rglob("*") if p.is_file()}
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def stop_before(monkeypatch, at: int) -> None:
+    """Sampler.draw of this step does what Ctrl-C does."""
+    draw = Sampler.draw
+
+    def stop(self, step, *args):
+        if step == at:
+            raise KeyboardInterrupt
+        return draw(self, step, *args)
+
+    monkeypatch.setattr(Sampler, "draw", stop)
+
+
+# ---- the same weights
+
+
+@pytest.mark.parametrize("update", [dict(update="constant"), STEERED])
+def test_prune_without_masks_is_pretrain(tmp_path, data_dir, source, update):
+    shared = dict(max_steps=5, eval_interval=2, **update)
+    prune.main(prune_settings(data_dir, tmp_path / "a", source, **SAME_SIZE, **shared))
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "b", source, **shared))
+    a, b = (load_file(tmp_path / x / "step_0000005" / "model.safetensors") for x in "ab")
+    start = load_file(source / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and not torch.equal(a[n], start[n]) for n in a)
+    assert [x["loss"] for x in train_lines(tmp_path / "a")] == [x["loss"] for x in train_lines(tmp_path / "b")]
+    assert eval_lines(tmp_path / "a") == eval_lines(tmp_path / "b")
+    same_files(tmp_path / "a" / "step_0000005" / "assets", tmp_path / "b" / "step_0000005" / "assets")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bit_identical(tmp_path, data_dir, source, stage, monkeypatch):
+    main, make = STAGES[stage]
+    changes = dict(max_steps=7, eval_interval=2, weight_decay=0.1, **STEERED)
+    whole, parts = (make(data_dir, tmp_path / x, source, **changes) for x in ("whole", "parts"))
+    main(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before(patch, 5)
+        main(parts)
+    assert train_lines(tmp_path / "parts")[-1]["step"] == 5  # past the checkpoint: to be cut
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # what a crash leaves of a line
+    main(dataclasses.replace(parts, resume=True))
+    assert without_speed(tmp_path / "parts") == without_speed(tmp_path / "whole")
+    same_files(tmp_path / "whole" / "step_0000007", tmp_path / "parts" / "step_0000007")
+    state = json.loads((tmp_path / "whole" / "step_0000007" / "state.json").read_text())
+    assert sum(state["cursors"].values()) == 7 * 8 and state["evaluated"] == 7
+
+
+def test_resume_of_a_finished_run_does_nothing(tmp_path, data_dir, source):
+    cfg = pretrain_settings(data_dir, tmp_path / "out", source)
+    pretrain.main(cfg)
+    before = without_speed(tmp_path / "out")
+    pretrain.main(dataclasses.replace(cfg, resume=True))
+    assert without_speed(tmp_path / "out") == before
+
+
+def test_checkpointing_a_run_more_often_changes_nothing(tmp_path, data_dir, source):
+    for name, interval in (("often", 1), ("never", 100)):
+        prune.main(prune_settings(data_dir, tmp_path / name, source, save_interval=interval))
+    same_files(tmp_path / "often" / "step_0000006", tmp_path / "never" / "step_0000006")
+    assert len(list((tmp_path / "often").glob("step_*"))) == 6
+
+
+def test_more_micro_batches_are_the_same_batch(tmp_path, data_dir, source):
+    for micro in (8, 2):
+        pretrain.main(pretrain_settings(data_dir, tmp_path / str(micro), source, max_steps=10, micro_batch_size=micro))
+    a, b = (train_lines(tmp_path / name) for name in "82")
+    assert len(a) == 10
+    for x, y in zip(a, b):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
+        assert y["grad_norm/weights"] == pytest.approx(x["grad_norm/weights"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_give_the_losses_of_one(tmp_path, data_dir, source, stage):
+    main, make = STAGES[stage]
+    changes = dict(max_steps=20, eval_interval=10, **STEERED)
+    main(make(data_dir, tmp_path / "one", source, **changes))
+    done = run_script(f"{stage}.py", *flags(make(data_dir, tmp_path / "two", source, **changes)), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (without_speed(tmp_path / name) for name in ("one", "two"))
+    assert [x["step"] for x in one] == [x["step"] for x in two] and len(one) == 20 + 3
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in a:
+            if "loss" in name or name.startswith(("sparsity", "domain_weight")):
+                assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), (a["step"], name)
+    files = ["state.json", "model.safetensors", "optimizer.safetensors"] + ["masks.safetensors"] * (stage == "prune")
+    for name in files:  # nothing depends on the number of ranks
+        assert (tmp_path / "two" / "step_0000020" / name).is_file()
+    cursors = [json.loads((tmp_path / x / "step_0000020" / "state.json").read_text())["cursors"] for x in ("one", "two")]
+    assert cursors[0] == cursors[1]
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize("count", ["expected", "rescaled"])
+def test_expected_sparsities_reach_their_targets(tmp_path, data_dir, source, count):
+    cfg = prune_settings(data_dir, tmp_path / "out", source, max_steps=240, warmup_steps=10, lagrangian_warmup_steps=60,
+                         eval_interval=120, save_interval=1000, global_batch_size=4, micro_batch_size=2, count=count)
+    prune.main(cfg)
+    last = train_lines(tmp_path / "out")[-1]
+    names = [k.removeprefix("sparsity/") for k in last if k.startswith("sparsity/")]
+    assert sorted(names) == ["hidden", "intermediate", "kv_head", "layer", "query_head"]
+    for name in names:
+        assert abs(last[f"sparsity/{name}"] - last[f"target_sparsity/{name}"]) < 0.02, (name, last)
+
+
+def test_the_ramp_and_the_schedule_are_logged_as_they_are_used(pruned):
+    lines = train_lines(pruned)
+    want = {"hidden": 12 / 32, "layer": 1 / 4, "intermediate": 18 / 48, "kv_head": 1 / 2, "query_head": 1 / 2}
+    for line in lines:
+        for name, t in want.items():
+            assert line[f"target_sparsity/{name}"] == pytest.approx(t * min(1, line["step"] / 2))
+    cfg = prune_settings(pruned, pruned, pruned)
+    assert [line["lr_factor"] for line in lines] == [lr_factor(step, cfg) for step in range(6)]
+    assert lr_factor(0, cfg) == 0.5 and lr_factor(1, cfg) == lr_factor(2, cfg) == 1 and lr_factor(6, cfg) == cfg.min_lr_ratio
+
+
+@pytest.mark.parametrize("modules, target", [
+    (("layer",), dict(target_n_layers=3)), (("head_layer", "mlp"), dict(target_n_layers=3)),
+    (("hidden",), dict(target_hidden_size=20)), (("intermediate",), dict(target_intermediate_size=30)),
+    (("kv_head",), dict(target_n_heads=2, target_n_kv_heads=1)),
+    (("query_head",), dict(target_n_heads=2, target_n_kv_heads=2)),
+])
+def test_any_subset_of_masks_trains(tmp_path, data_dir, source, modules, target):
+    changes = SAME_SIZE | target | dict(pruning_modules=modules, max_steps=2)
+    prune.main(prune_settings(data_dir, tmp_path / "out", source, **changes))
+    last = train_lines(tmp_path / "out")[-1]
+    assert {k.removeprefix("phi/") for k in last if k.startswith("phi/")} == set(modules)
+    assert all(line["loss"] is not None and line["skipped"] == 0 for line in train_lines(tmp_path / "out"))
+    masks = load_file(tmp_path / "out" / "step_0000002" / "masks.safetensors")
+    assert masks.keys() == {f"{part}.{m}" for m in modules for part in ("log_alpha", "lambda_", "phi")}
+
+
+def test_metrics_hold_what_they_promise(pruned):
+    sets = ("hidden", "layer", "intermediate", "kv_head", "query_head")
+    train = {"step", "loss", "loss/lagrangian", "expected_params", "expected_prunable_params", "lr_factor", "skipped",
+             "tokens_per_second", "mfu", *(f"grad_norm/{group}" for group in ("weights", "log_alpha", "multipliers")),
+             *(f"{kind}/{m}" for m in sets for kind in ("sparsity", "target_sparsity", "lambda", "phi"))}
+    evaluation = {"step", "eval_loss", *(f"{kind}/{d}" for d in DOMAINS for kind in ("eval_loss", "domain_weight"))}
+    lines = read_metrics(pruned)
+    assert [(x["step"], "loss" in x) for x in lines] == [
+        (0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False)]
+    for line in lines:
+        assert line.keys() == (train if "loss" in line else evaluation)
+        assert all(isinstance(v, (int, float)) for k, v in line.items() if k != "mfu"), line
+        if "loss" not in line:
+            assert line["eval_loss"] == pytest.approx(sum(line[f"eval_loss/{d}"] for d in DOMAINS) / 3)
+            assert sum(line[f"domain_weight/{d}"] for d in DOMAINS) == pytest.approx(1)
+    assert lines[1]["tokens_per_second"] > 0 and lines[1]["skipped"] == 0
+    assert sorted(p.name for p in (pruned / "masks").iterdir()) == [f"step_{s:07d}.safetensors" for s in (0, 3, 6)]
+    assert (pruned / "masks" / "step_0000006.safetensors").read_bytes() == (
+        pruned / "step_0000006" / "masks.safetensors").read_bytes()
+    assert lines[1]["expected_params"] > lines[-2]["expected_params"]
+
+
+def test_a_line_holds_means_over_its_steps(tmp_path, data_dir, source):
+    for name, interval in (("each", 1), ("third", 3)):
+        pretrain.main(pretrain_settings(data_dir, tmp_path / name, source, log_interval=interval))
+    each, third = train_lines(tmp_path / "each"), train_lines(tmp_path / "third")
+    assert [x["step"] for x in third] == [3, 6]
+    for i, line in enumerate(third):
+        for name in ("loss", "grad_norm/weights"):
+            assert line[name] == pytest.approx(sum(x[name] for x in each[3 * i:3 * i + 3]) / 3, rel=1e-5)
+
+
+# ---- domains
+
+
+def test_without_reference_losses_the_sources_own_are_kept(pruned):
+    first = eval_lines(pruned)[0]
+    assert first["step"] == 0
+    for step in ("step_0000003", "step_0000006"):
+        state = json.loads((pruned / step / "state.json").read_text())
+        assert state["reference_loss"] == {d: first[f"eval_loss/{d}"] for d in DOMAINS}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_domain_without_evaluation_tokens_keeps_its_weight(tmp_path, source, stage, capsys):
+    data_dir = write_data_dir(tmp_path / "data", dict.fromkeys(DOMAINS, 5000))
+    write_tokens(data_dir, "play", "eval", [])
+    main, make = STAGES[stage]
+    reference = {"code": 1.0, "play": 1.0, "wiki": 3.0}
+    main(make(data_dir, tmp_path / "out", source, update="doremi", reference_loss=reference,
+              domain_weights={"code": 0.4, "play": 0.35, "wiki": 0.25}))
+    lines = eval_lines(tmp_path / "out")
+    assert [x["eval_loss/play"] for x in lines] == [None] * 3 and [x["domain_weight/play"] for x in lines] == [0.35] * 3
+    assert lines[-1]["domain_weight/code"] > 0.5 and lines[-1]["eval_loss"] is not None
+    assert "play n/a" in capsys.readouterr().out
+
+
+def test_a_used_up_domain_is_announced_or_stops_the_run(tmp_path, source, capsys):
+    data_dir = write_data_dir(tmp_path / "data", {"big": 20_000, "small": 32 * 10 + 1})
+    cfg = pretrain_settings(data_dir, tmp_path / "wrap", source)  # 24 of 48 sequences from a domain of 10
+    pretrain.main(cfg)
+    out = capsys.readouterr().out
+    small = json.loads((tmp_path / "wrap" / "step_0000006" / "state.json").read_text())["cursors"]["small"]
+    assert small > 10 and out.count("warning: domain small is used up") == (small - 1) // 10
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("small")] == ["2.40"]  # the budget said so
+    with pytest.raises(UserError, match="domain small is used up and on_exhausted = error"):
+        pretrain.main(dataclasses.replace(cfg, out_dir=str(tmp_path / "error"), on_exhausted="error"))
+
+
+# ---- runs that go wrong
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_refused(tmp_path, data_dir, source, stage, value):
+    shutil.copytree(source, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, tmp_path / "source" / "model.safetensors")
+    main, make = STAGES[stage]
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+        main(make(data_dir, tmp_path / "out", tmp_path / "source"))
+    assert not list((tmp_path / "out").glob("step_*")) and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_step_without_finite_gradient_changes_nothing_and_the_next_one_works():
+    generator = torch.Generator().manual_seed(0)
+    weights, masks = (torch.nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(2))
+    optimizer = make_optimizer([dict(params=[weights], lr=0.1, weight_decay=0.1),
+                                dict(params=[masks], lr=1.0, maximize=True)])
+
+    def step(value: float):
+        weights.grad, masks.grad = torch.ones(3, 4), torch.ones(3, 4)
+        masks.grad[1, 1] = value
+        return clip_and_step(optimizer, 1.0, 1.0)
+
+    def everything():
+        return [weights.detach().clone(), masks.detach().clone()] + [
+            v.clone() for p in (weights, masks) for v in optimizer.state[p].values()]
+
+    norms, skipped = step(1.0)
+    assert not skipped and torch.allclose(norms, torch.full((2,), 12**0.5))
+    before = everything()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        norms, skipped = step(bad)  # one group's gradient holds both back
+        assert skipped == 1 and not norms[1].isfinite()
+        assert all(torch.equal(a, b) for a, b in zip(everything(), before)) and weights.grad is None
+    assert not step(1.0)[1]
+    assert all(not torch.equal(a, b) for a, b in zip(everything(), before))
+
+
+def test_each_group_is_clipped_by_its_own_norm():
+    """Seen in Adam's first moment: after one step it is 0.1 of the clipped gradient."""
+    a, b = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(9))
+    optimizer = make_optimizer([dict(params=[a], lr=0.1), dict(params=[b], lr=0.1)])
+    a.grad, b.grad = torch.full((4,), 0.1), torch.full((9,), 1000.0)
+    norms, _ = clip_and_step(optimizer, 1.0, 1.0)
+    torch.testing.assert_close(norms, torch.tensor([0.2, 3000.0]))
+    torch.testing.assert_close(optimizer.state[a]["exp_avg"], torch.full((4,), 0.01))  # not shrunk by b's
+    torch.testing.assert_close(optimizer.state[b]["exp_avg"], torch.full((9,), 0.1 / 3))
+
+
+def spoil(monkeypatch, module, steps, accum: int = 4):
+    """Make the loss of these steps NaN, in one of their micro-batches."""
+    wrap, calls = module.wrap, []
+
+    def spoiled(model, *args):
+        inner = wrap(model, *args)
+
+        def forward(*batch):
+            calls.append(1)
+            bad = (len(calls) - 1) // accum in steps and len(calls) % accum == 0
+            return inner(*batch) * (float("nan") if bad else 1.0)
+        return forward
+
+    monkeypatch.setattr(module, "wrap", spoiled)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_skipped_steps_are_counted_and_leave_all_as_it_was(tmp_path, data_dir, source, stage, monkeypatch):
+    main, make = STAGES[stage]
+    spoil(monkeypatch, sys.modules[stage], steps={3, 4, 5})
+    main(make(data_dir, tmp_path / "out", source, max_skipped=4, update="constant"))
+    a, b = tmp_path / "out" / "step_0000003", tmp_path / "out" / "step_0000006"
+    for name in ["model.safetensors", "optimizer.safetensors"] + ["masks.safetensors"] * (stage == "prune"):
+        one, two = load_file(a / name), load_file(b / name)
+        assert all(torch.equal(one[n], two[n]) for n in one), name
+    assert [x["skipped"] for x in train_lines(tmp_path / "out")] == [0, 0, 0, 1, 2, 3]
+    assert [x["loss"] is None for x in train_lines(tmp_path / "out")] == [False] * 3 + [True] * 3
+    assert json.loads((b / "state.json").read_text())["skipped"] == 3
+
+
+def run_here(stage: str, settings, monkeypatch, capsys) -> tuple[int, str]:
+    """The stage's `__main__` in this process: (exit status, stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *flags(settings)])
+    with pytest.raises(SystemExit) as stop:
+        run_stage(sys.modules[stage].main, type(settings))
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, data_dir, source, stage, monkeypatch, capsys):
+    spoil(monkeypatch, sys.modules[stage], steps={1, 3, 4, 5})  # one alone does no harm
+    settings = STAGES[stage][1](data_dir, tmp_path / "out", source, max_skipped=3, max_steps=9)
+    code, err = run_here(stage, settings, monkeypatch, capsys)
+    lines = err.strip().splitlines()
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith(f"{stage}.py: the gradient was not finite in 3 steps in a row, up to step 6")
+    assert [p.name for p in (tmp_path / "out").glob("step_*")] == ["step_0000003"]  # the good one
+
+
+def test_fresh_weights_from_a_shape(tmp_path, data_dir):
+    shape = dataclasses.asdict(tiny_config())
+    for name in "ab":
+        pretrain.main(pretrain_settings(data_dir, tmp_path / name, "", shape=shape, max_steps=30, learning_rate=1e-2))
+    same_files(tmp_path / "a" / "step_0000030", tmp_path / "b" / "step_0000030")
+    losses = [x["loss"] for x in train_lines(tmp_path / "a")]
+    assert losses[0] == pytest.approx(4.16, abs=0.05) and losses[-1] < losses[0] - 0.5  # ln 64, and it learns
+
+
+def test_options_of_cost_give_the_same_losses(tmp_path, data_dir, source):
+    prune.main(prune_settings(data_dir, tmp_path / "plain", source, max_steps=3))
+    prune.main(prune_settings(data_dir, tmp_path / "checkpointing", source, max_steps=3, checkpointing=True))
+    assert without_speed(tmp_path / "plain") == without_speed(tmp_path / "checkpointing")
+
+
+def test_the_source_model_is_evaluated_without_masks_first(tmp_path, source, data_dir, pruned):
+    """Step 0 shows the source as it is, and both stages agree on it."""
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "out", source, max_steps=1))
+    assert eval_lines(tmp_path / "out")[0] == eval_lines(pruned)[0]
