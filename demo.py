@@ -1,5 +1,7 @@
 """The whole pipeline on this computer in a few minutes, on real text: `make demo`, or `python demo.py`.
 
+    python demo.py gather     # the text only, into out/demo/raw
+
 Five domains from installed packages; a tokenizer and a small grouped-query source model trained on them; pruned to a
 target that shrinks all four dimensions; compacted, continued, exported, loaded in transformers; and, for comparison, the
 target's shape trained from scratch on as many tokens.  Everything goes to out/demo, which is removed first.
@@ -125,8 +127,12 @@ def table() -> str:
 
 def main() -> None:
     started = time.perf_counter()
+    if sys.argv[1:] not in ([], ["gather"]):
+        sys.exit(f"demo.py: unknown argument {sys.argv[1]}; there is only `gather`")
     shutil.rmtree(OUT, ignore_errors=True)
     gather(OUT / "raw")
+    if sys.argv[1:] == ["gather"]:
+        return
     run("prepare.py", f"--input_dir={OUT}/raw", f"--out_dir={OUT}/data", "--train_tokenizer=2048", "--eval_fraction=0.05",
         "--prune_fraction=0.4")
     run("pretrain.py", "configs/demo_source.py")

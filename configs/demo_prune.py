@@ -14,7 +14,7 @@ target_intermediate_size = 320
 
 seq_len = 128
 global_batch_size = 16
-micro_batch_size = 4  # four masks a step: less noise in their gradients
+micro_batch_size = 8  # two masks a step: less noise in their gradients
 max_steps = 200
 learning_rate = 2e-3
 warmup_steps = 20

@@ -335,6 +335,9 @@ def test_steering_waits_for_the_first_step_and_keeps_the_sources_losses():
     state = RunState(0, {"a": 0.5, "b": 0.5}, {"a": 0, "b": 0}, {})
     steer(state, {"a": 2.0, "b": 3.0}, cfg)
     assert state.reference_loss == {"a": 2.0, "b": 3.0} and state.domain_weights == {"a": 0.5, "b": 0.5}
+    given = RunState(0, {"a": 0.5, "b": 0.5}, {"a": 0, "b": 0}, {"a": 1.0, "b": 3.0})
+    steer(given, {"a": 2.0, "b": 3.0}, cfg)  # above its reference, but nothing has been trained yet
+    assert given.domain_weights == {"a": 0.5, "b": 0.5} and given.evaluated == 0
     state.step = 50
     steer(state, {"a": 2.5, "b": 3.0}, cfg)
     assert state.domain_weights["a"] > 0.6 and state.reference_loss == {"a": 2.0, "b": 3.0} and state.evaluated == 50

@@ -13,7 +13,8 @@ from conftest import (DOMAINS, TINY, flags, pretrain_settings, prune_settings, r
                       write_tokens)
 from safetensors.torch import load_file, save_file
 
-from settings import run_stage
+from checkpoint import new_folder
+from settings import UserError, run_stage
 
 SETTINGS = {"prune": "PruneSettings", "compact": "CompactSettings", "pretrain": "PretrainSettings"}
 
@@ -191,6 +192,22 @@ def test_under_torchrun_rank_0_speaks(place, stage, changes, said):
     lines = [line for line in done.stderr.splitlines() if line.startswith(f"{stage}.py: ")]
     assert done.returncode != 0 and len(lines) == 1 and said in lines[0], done.stderr
     assert "rank" not in lines[0] and not place.out.exists()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "folder"
+    with pytest.raises(ZeroDivisionError), new_folder(out) as temporary:
+        (temporary / "half").write_text("x")
+        assert not out.exists()
+        1 / 0  # noqa: B018
+    assert not list((tmp_path / "deep").iterdir())
+    (tmp_path / "deep" / "folder.tmp").mkdir()  # of a process that was killed
+    (tmp_path / "deep" / "folder.tmp" / "old").write_text("x")
+    with new_folder(out) as temporary:
+        (temporary / "whole").write_text("x")
+    with pytest.raises(UserError, match="exists already"), new_folder(out):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["deep", "folder", "whole"]
 
 
 def test_an_error_of_ours_is_not_dressed_up(place, monkeypatch):

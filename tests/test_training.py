@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import pretrain
 import prune
-from data import Sampler
-from runtime import clip_and_step, lr_factor, make_optimizer
+from checkpoint import load_weights
+from data import Sampler, evaluate, open_run_data
+from l0 import L0, mask_sets
+from model import Transformer
+from runtime import Processes, clip_and_step, lr_factor, make_optimizer
 from settings import UserError, run_stage
 
 STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
@@ -149,6 +152,19 @@ def test_expected_sparsities_reach_their_targets(tmp_path, data_dir, source, cou
     assert sorted(names) == ["hidden", "intermediate", "kv_head", "layer", "query_head"]
     for name in names:
         assert abs(last[f"sparsity/{name}"] - last[f"target_sparsity/{name}"]) < 0.02, (name, last)
+
+
+def test_evaluation_takes_the_masks_own_counts_and_the_targets_at_the_end(data_dir, source, pruned):
+    cfg = prune_settings(data_dir, pruned, source)
+    data = open_run_data(data_dir, [], split="train", seq_len=32, vocab_size=64, context_length=64)
+    target = dataclasses.replace(tiny_config(), **{k.removeprefix("target_"): v for k, v in TARGET.items()})
+    for line, at_target in zip(eval_lines(pruned)[1:], (False, True)):
+        folder = pruned / f"step_{line['step']:07d}"
+        masks = load_weights(L0(mask_sets(tiny_config(), target)), folder / "masks.safetensors")
+        model = load_weights(Transformer(tiny_config()), folder)
+        alone = Processes(0, 1, torch.device("cpu"), torch.float32)
+        losses = [evaluate(model, masks.deterministic(target=t), data.eval, cfg, alone) for t in (False, True)]
+        assert losses[0] != losses[1] and losses[at_target] == {d: line[f"eval_loss/{d}"] for d in DOMAINS}
 
 
 def test_the_ramp_and_the_schedule_are_logged_as_they_are_used(pruned):

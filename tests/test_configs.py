@@ -1,0 +1,64 @@
+"""Every shipped config is accepted by its stage, states the published recipe, and opens with the command that runs it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import pretrain
+import prune
+from l0 import mask_sets
+from model import ModelConfig
+from settings import parse_args
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+LLAMA2_7B = ModelConfig(vocab_size=32000, hidden_size=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,
+                        intermediate_size=11008)
+SMOLLM2 = ModelConfig(vocab_size=49152, hidden_size=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
+                      intermediate_size=1536, context_length=8192, tie_embeddings=True)
+STAGES = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSettings}
+
+
+def parse(path: Path):
+    """The settings of a config, by the stage that its first line names."""
+    stage = re.search(r"\b(prune|pretrain)\.py", path.read_text().splitlines()[0])[0]
+    return parse_args(STAGES[stage], [str(path)])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_is_valid(path):
+    first = path.read_text().splitlines()[0]
+    assert re.fullmatch(rf"# (torchrun [\w\- =]+|python) (prune|pretrain)\.py {path.as_posix()}", first)
+    cfg = parse(path)
+    processes = int(re.search(r"nproc_per_node=(\d+)|$", first)[1] or 1) * int(re.search(r"nnodes=(\d+)|$", first)[1] or 1)
+    assert cfg.global_batch_size % (cfg.micro_batch_size * processes) == 0
+    tokens = int(re.search(r"= ([\d.,]+) ?M? tokens a step", path.read_text())[1].replace(",", "").split(".")[0])
+    assert tokens in (cfg.seq_len * cfg.global_batch_size, cfg.seq_len * cfg.global_batch_size // 10**6)
+
+
+def test_sources_reach_their_targets():
+    for path in CONFIGS:
+        if "7b_to" in path.stem or "smollm2" in path.stem:
+            source = LLAMA2_7B if "7b_to" in path.stem else SMOLLM2
+            sets = mask_sets(source, prune.target_config(parse(path), source))
+            heads = "head" if "7b_to" in path.stem else "kv_head"
+            assert {"hidden", "intermediate", heads} <= sets.keys()
+
+
+@pytest.mark.parametrize("name, shape, n_params", [("2.7b", (2560, 32, 20, 6912), 2_702_000_000),
+                                                   ("1.3b", (2048, 24, 16, 5504), 1_345_423_360),
+                                                   ("370m", (1024, 24, 8, 2816), 374_000_000)])
+def test_published_recipe(name, shape, n_params):
+    cfg, more = parse(Path(f"configs/7b_to_{name}.py")), parse(Path(f"configs/pretrain_{name}.py"))
+    target = prune.target_config(cfg, LLAMA2_7B)
+    assert (target.hidden_size, target.n_layers, target.n_heads, target.intermediate_size) == shape
+    assert target.n_params() == pytest.approx(n_params, rel=0.01)
+    assert (cfg.max_steps, cfg.global_batch_size, cfg.seq_len, cfg.micro_batch_size) == (3200, 32, 4096, 4)
+    assert (more.max_steps, more.global_batch_size, more.seq_len, more.micro_batch_size) == (48000, 256, 4096, 16)
+    assert (cfg.learning_rate, cfg.mask_learning_rate, cfg.multiplier_learning_rate) == (1e-4, 1, 1)
+    assert more.learning_rate == 1e-4
+    assert (cfg.warmup_steps, cfg.lagrangian_warmup_steps, more.warmup_steps) == (320, 640, 1440)
+    assert (cfg.eval_interval, more.eval_interval, cfg.save_interval, more.save_interval) == (50, 400, 3200, 3200)
+    assert cfg.reference_loss == more.reference_loss  # the released script of 1.3B took the 2.7B model's
+    assert cfg.excess == more.excess == "signed"
+    assert list(cfg.domain_weights) == ["cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4-rp"]
