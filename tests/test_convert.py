@@ -124,7 +124,7 @@ def test_ours_to_hugging_face_and_back(changes, architecture, tmp_path):
             p.normal_(0.1, 0.3, generator=generator)
         want = model(tokens())
     (tmp_path / "ours").mkdir()
-    write_model(tmp_path / "ours", dict(model.named_parameters()), cfg, None)
+    write_model(tmp_path / "ours", dict(model.named_parameters()), cfg, [])
     run(to_hf=tmp_path / "ours", out_dir=tmp_path / "hf")
     run(from_hf=tmp_path / "hf", out_dir=tmp_path / "again")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [architecture]
@@ -141,7 +141,7 @@ def test_a_changed_shape_replaces_the_carried_one(tmp_path):
                       intermediate_size=40, context_length=48, norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
     model = Transformer(cfg)
     (tmp_path / "small").mkdir()
-    write_model(tmp_path / "small", dict(model.named_parameters()), cfg, tmp_path / "source" / "assets")
+    write_model(tmp_path / "small", dict(model.named_parameters()), cfg, [tmp_path / "source" / "assets"])
     run(to_hf=tmp_path / "small", out_dir=tmp_path / "export", verify=True)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "export").config
     assert (config.num_hidden_layers, config.head_dim, len(config.layer_types), config.bos_token_id) == (2, 12, 2, 7)
@@ -290,7 +290,7 @@ def test_sentencepiece_tokenizer_is_the_same_in_transformers(prefix, tmp_path):
         allow_whitespace_only_pieces=True, add_dummy_prefix=prefix, minloglevel=2)
     cfg = ModelConfig(vocab_size=600, hidden_size=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8,
                       intermediate_size=24)
-    write_model(tmp_path / "ours", dict(Transformer(cfg).named_parameters()), cfg, None)
+    write_model(tmp_path / "ours", dict(Transformer(cfg).named_parameters()), cfg, [])
     run(to_hf=tmp_path / "ours", out_dir=tmp_path / "export")
     sp = SentencePieceProcessor(model_file=str(assets / "tokenizer.model"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")

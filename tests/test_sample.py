@@ -29,7 +29,7 @@ def random_model() -> Transformer:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    write_model(tmp_path, dict(random_model().named_parameters()), CFG, None)
+    write_model(tmp_path, dict(random_model().named_parameters()), CFG, [])
     monkeypatch.setattr(sample, "load_tokenizer", lambda assets: LETTERS)
     return tmp_path
 
