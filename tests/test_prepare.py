@@ -158,9 +158,9 @@ def start_and_pause(*flags: str, after: int, seconds: int) -> tuple[subprocess.P
 
 def children(pid: int) -> list[int]:
     """Worker processes, without multiprocessing's resource tracker, which goes by itself."""
-    lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     rows = [line.split(None, 2) for line in lines]
-    return [int(row[0]) for row in rows if int(row[1]) == pid and "resource_tracker" not in row[2]]
+    return [int(row[0]) for row in rows if int(row[1]) == pid and "spawn_main" in row[2]]
 
 
 def alive(pid: int) -> bool:
