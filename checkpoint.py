@@ -187,16 +187,23 @@ def start_run(cfg: TrainSettings, data: RunData, *, is_main: bool) -> tuple[RunS
     out_dir, domains = Path(cfg.out_dir), data.domains
     folder = latest_checkpoint(out_dir)
     if folder is None:
+        check(cfg.resume or not (out_dir / "metrics.jsonl").exists(), f"{out_dir} holds the metrics of a run without a "
+              "checkpoint; start it over with --resume, or choose another out_dir")
         weights = by_domain("domain_weights", cfg.domain_weights) or {d: 1 / len(domains) for d in domains}
         reference = by_domain("reference_loss", cfg.reference_loss)
-        if reference:
-            check_same_domains("reference_loss", reference, weights)
+        if reference:  # a domain without evaluation tokens needs none, and a run's own file has none for it
+            measured = {s.domain for s in data.eval if s.n_windows} | reference.keys()
+            check_same_domains("reference_loss", reference, {d: w for d, w in weights.items() if d in measured})
         state = RunState(0, weights, dict.fromkeys(domains, 0), reference)
     else:
         check(cfg.resume, f"{out_dir} holds a run already ({folder.name}); go on with --resume, or choose another out_dir")
         state = read_state(folder)
         check(sorted(state.domain_weights) == sorted(domains), f"{folder} was trained on the domains "
               f"{', '.join(state.domain_weights)}, not on {', '.join(domains)}")
+        before, now = read_json(out_dir / "config.json"), dataclasses.asdict(cfg)
+        fixed = [n for n in now if n in ("seed", "seq_len", "split", "count", "pruning_modules") or n.startswith("target_")]
+        odd = [n for n in fixed if json.dumps(now[n]) != json.dumps(before.get(n))]
+        check(not odd, f"{out_dir} was begun with other {', '.join(odd)} (see config.json); a resumed run must keep them")
         check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
     assets = [data.tokenizer_dir]
     if cfg.init_from:

@@ -169,6 +169,8 @@ def main(cfg: CompactSettings) -> None:
         weights, shape = compact(dict(model.named_parameters()), source, masks)
     report(masks, l0.undecided(), source)
     if "layer" not in masks:  # head_layer and mlp close blocks, and how many layers lose both is not set beforehand
+        if shape.n_layers != target.n_layers:
+            print(f"{shape.n_layers} layers, not the target's {target.n_layers}: attention and MLP blocks close one by one")
         target = dataclasses.replace(target, n_layers=shape.n_layers)
     check(shape == target, f"compacted to {shape}, not to the target {target}")
     with torch.device("meta"):

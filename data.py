@@ -189,7 +189,7 @@ class Sampler:
         for s in splits:
             if s.n_windows == 0:
                 raise ValueError(f"domain {s.domain} has {s.n_tokens} tokens in its {s.split} split: not one sequence of "
-                                 f"{s.seq_len} + 1; prepare more text, give it a weight of its own split, or leave it out")
+                                 f"{s.seq_len} + 1; prepare more text, or leave it out of domain_weights")
 
     def draw(self, step: int, domain_weights: dict[str, float], cursors: dict[str, int]) -> Batch:
         """The global batch of a step.  The same for every rank; `cursors` is not changed."""
@@ -295,7 +295,7 @@ def update_domain_weights(weights: dict[str, float], losses: dict[str, float | N
     losses, reference: nats a token.  excess: "clipped" max(l - r, 0), or "signed" l - r.  A domain without a loss (None)
     keeps its weight, and the others share the rest.  min_weight: a floor below which no other domain falls.
     """
-    known = [d for d in weights if losses[d] is not None]
+    known = [d for d in weights if losses[d] is not None and d in reference]
     mass = sum(weights[d] for d in known)
     if mass <= 0:
         return dict(weights)

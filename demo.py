@@ -148,6 +148,9 @@ def main() -> None:
     gaps = {k.split("/")[1]: abs(v - last["target_" + k]) for k, v in last.items() if k.startswith("sparsity/")}
     print("\nexpected sparsity from its target: " + ", ".join(f"{k} {v:.4f}" for k, v in gaps.items()))
     print("\n" + table() + f"\n\n{time.perf_counter() - started:.0f} s in all")
+    continued, scratch = (sum(evaluations(run_dir)[-1].values()) for run_dir in ("continue", "scratch"))
+    if max(gaps.values()) > 0.02 or continued >= scratch:
+        sys.exit("demo.py: a sparsity missed its target, or the continued model did not beat the one from scratch")
 
 
 if __name__ == "__main__":

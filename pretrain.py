@@ -3,7 +3,7 @@
     python pretrain.py configs/demo_source.py
     torchrun --nproc_per_node=8 pretrain.py configs/pretrain_1.3b.py --init_from=out/1.3b_compact
 
-The loop is prune.py's without masks; test_pipeline.py holds the two to the same weights.
+The loop is prune.py's without masks; tests/test_training.py holds the two to the same weights.
 """
 
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: S
             metrics.add("loss", loss)
         metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
         state.step, state.cursors = step + 1, batch.cursors
-        if state.step % cfg.log_interval == 0:
+        if state.step % cfg.log_interval == 0 or state.step % cfg.save_interval == 0 or state.step == cfg.max_steps:
             metrics.log({})
     metrics.close()
 

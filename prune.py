@@ -173,7 +173,7 @@ def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Samp
         metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
         masks.clamp_()
         state.step, state.cursors = step + 1, batch.cursors
-        if state.step % cfg.log_interval == 0:
+        if state.step % cfg.log_interval == 0 or state.step % cfg.save_interval == 0 or state.step == cfg.max_steps:
             metrics.log(mask_metrics(masks, model.cfg, cfg, state.step))
     metrics.close()
 

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -90,7 +91,8 @@ def start_processes(settings: TrainSettings) -> Processes:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
+                                timeout=timedelta(hours=2))  # the others wait while rank 0 writes a checkpoint
     return Processes(rank, world, device, dtype)
 
 
@@ -204,7 +206,9 @@ class Metrics:
         step, logger = self.state.step, self.settings.logger
         try:
             old = path.read_text().splitlines(keepends=True) if path.exists() and step else []
-            path.write_text("".join(x for x in old if x.endswith("\n") and json.loads(x)["step"] <= step))
+            cut = path.with_suffix(".tmp")
+            cut.write_text("".join(x for x in old if x.endswith("\n") and json.loads(x)["step"] <= step))
+            os.replace(cut, path)
             self.file = path.open("a", buffering=1)  # by line
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
@@ -252,7 +256,7 @@ class Metrics:
         values["loss"] = processes.sum(values["loss"].clone()) / processes.world
         values |= {"in_row": self.in_row, "skipped": values["skipped"] * self.steps}
         tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-        numbers = torch.stack([v.float() for v in tensors.values()]).tolist()  # the one sync
+        numbers = torch.stack([v.float().to(processes.device) for v in tensors.values()]).tolist()  # the one sync
         self.stop_clock()
         values |= dict(zip(tensors, numbers))
         in_row = int(values.pop("in_row"))
@@ -266,8 +270,8 @@ class Metrics:
         self.bar.update(self.state.step - self.bar.n)
         self.sums, self.steps, self.seconds = {}, 0, 0.0
         check(in_row < cfg.max_skipped, f"the gradient was not finite in {in_row} steps in a row, up to step "
-              f"{self.state.step}; the last checkpoint in {cfg.out_dir} is good: resume with a lower learning_rate, "
-              "or look for the cause in the data")
+              f"{self.state.step}; resume from the last checkpoint in {cfg.out_dir} (if there is one yet) with a lower "
+              "learning_rate, or look for the cause in the data")
 
     def evaluation(self, losses: dict[str, float | None]) -> None:
         """One line of an evaluation, and the same for people."""
