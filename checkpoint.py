@@ -9,9 +9,11 @@ depends on the number of ranks, and nothing is pickled.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import RunData
 from runtime import RunState
 from settings import TrainSettings, UserError, by_domain, check, check_same_domains, read_json
 from tokenizer import load_tokenizer
+
+DTYPE_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def read_model_config(folder: str | Path, config_class: type, name: str = "model_config.json"):
@@ -75,8 +81,51 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     parameters = dict(model.named_parameters())
     for name, tensor in read_tensors(path, {n: tuple(p.shape) for n, p in parameters.items()}):
         check(all(v.isfinite() for v in tensor.aminmax()), f"{path}: {name} holds NaN or infinite values")
-        parameters[name].copy_(tensor)
+        parameters[name].copy_(part_of(tensor, parameters[name]))
     return model
+
+
+def write_tensors(path: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],
+                  load: Callable[[str], Tensor]) -> None:
+    """A safetensors file of load(name) for each name, one tensor in memory at a time, where save_file wants all at once.
+
+    The format is a length, a JSON header and the bytes (https://github.com/huggingface/safetensors#format).
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPE_CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers lie aligned
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in shapes:
+            tensor = load(name).detach().to("cpu", dtypes[name]).contiguous()
+            file.write(tensor.flatten().view(torch.uint8).numpy())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP shards, gathered from every rank, which all must call this; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def write_whole(path: Path | None, tensors: dict[str, Tensor]) -> None:
+    """`write_tensors` of tensors that may be sharded.  Every rank calls it, those that do not write with None."""
+    tensors = dict(sorted(tensors.items()))  # in one order on every rank, and after a resume
+    if path is not None:
+        shapes, dtypes = ({name: getattr(t, kind) for name, t in tensors.items()} for kind in ("shape", "dtype"))
+        write_tensors(path, shapes, dtypes, lambda name: whole(tensors[name]))
+        return
+    for tensor in tensors.values():
+        whole(tensor)
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of `like`; of a sharded one the part that this rank keeps, without communication."""
+    tensor = tensor.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
 
 
 @contextmanager
@@ -116,7 +165,7 @@ def write_model(folder: Path, tensors: dict[str, Tensor], config, assets: list[P
 
     assets: folders of files to carry along unread; of two files of one name the first folder's counts.
     """
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / "model.safetensors")
+    write_whole(folder / "model.safetensors", tensors)
     (folder / "model_config.json").write_text(config.to_json())
     for source in reversed([a for a in assets if a.is_dir()]):
         shutil.copytree(source, folder / "assets", dirs_exist_ok=True)
@@ -131,25 +180,30 @@ def parameter_names(model: nn.Module, masks: nn.Module | None = None) -> dict[st
     return names if masks is None else names | {f"masks.{name}": p for name, p in masks.named_parameters()}
 
 
-def save_checkpoint(out_dir: str | Path, state: RunState, *, model: nn.Module, model_config,
-                    optimizer: torch.optim.Optimizer, assets: list[Path],
-                    masks: nn.Module | None = None, target=None) -> Path:
-    """Write out_dir/step_*, whole or not at all; called on rank 0.  Returns the folder.  Raises UserError.
+def save_checkpoint(out_dir: str | Path, state: RunState, *, model: nn.Module, model_config, is_main: bool,
+                    optimizer: torch.optim.Optimizer, assets: list[Path], masks: nn.Module | None = None,
+                    target=None) -> None:
+    """Write out_dir/step_*, whole or not at all.  Every rank calls it; the one with is_main writes.  Raises UserError.
 
     optimizer.safetensors holds `<parameter>.<exp_avg | exp_avg_sq | step>`; masks.safetensors the state of l0.L0, and
     target_config.json the shape that its counts lead to.
     """
-    folder = Path(out_dir) / f"step_{state.step:07d}"
-    with new_folder(folder) as temporary:
-        write_model(temporary, dict(model.named_parameters()), model_config, assets)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # an evaluation leaves the root's parameters gathered, which are not those of the optimizer
+    weights = dict(model.named_parameters())
+    moments = {f"{name}.{key}": value for name, p in parameter_names(model, masks).items()
+               for key, value in optimizer.state[p].items()}
+    if not is_main:
+        write_whole(None, weights)
+        write_whole(None, moments)
+        return
+    with new_folder(Path(out_dir) / f"step_{state.step:07d}") as temporary:
+        write_model(temporary, weights, model_config, assets)
+        write_whole(temporary / "optimizer.safetensors", moments)
         if masks is not None:
             save_file(masks.state_dict(), temporary / "masks.safetensors")
             (temporary / "target_config.json").write_text(target.to_json())
-        moments = {f"{name}.{key}": value for name, p in parameter_names(model, masks).items()
-                   for key, value in optimizer.state[p].items()}
-        save_file({name: t.detach().contiguous().cpu() for name, t in moments.items()}, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-    return folder
 
 
 def save_masks(out_dir: str | Path, masks: nn.Module, step: int) -> None:
@@ -176,7 +230,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, nn.Paramet
               for name, p in names.items() for key, shape in state.items()}
     for full_name, tensor in read_tensors(folder / "optimizer.safetensors", shapes):
         name, key = full_name.rsplit(".", 1)
-        optimizer.state[names[name]][key] = tensor.to(names[name].device)
+        p = names[name]
+        optimizer.state[p][key] = tensor.to(p.device) if key == "step" else part_of(tensor, p)
 
 
 def start_run(cfg: TrainSettings, data: RunData, *, is_main: bool) -> tuple[RunState, Path | None, list[Path]]:

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import shutil
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_weights, new_folder, read_model_config
+from checkpoint import DTYPE_CODES, load_weights, new_folder, read_model_config, write_tensors
 from model import ModelConfig, Transformer
 from settings import UserError, check, read_json, require, run_stage
 from tokenizer import load_tokenizer
@@ -36,7 +35,7 @@ CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_token
            "tekken.json", "tiktoken.txt", "vocab.*", "merges.txt", "chat_template*", "LICENSE*", "NOTICE*")
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ROPE_KEYS = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 GGUF_CONFIG = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers", "rope.freq_base": "rope_theta",
                "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
                "attention.layer_norm_rms_epsilon": "rms_norm_eps", "feed_forward_length": "intermediate_size",
@@ -102,10 +101,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
 
 def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch.dtype, *, source: str,
                   max_gb: float = math.inf) -> None:
-    """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors.
-
-    safetensors' save_file wants all tensors at once; the format is a length, a JSON header and the bytes.
-    """
+    """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(cfg).named_parameters()}
     missing, unexpected = sorted(shapes.keys() - loaders.keys()), sorted(loaders.keys() - shapes.keys())
@@ -119,25 +115,19 @@ def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch
         shards[-1].append(name)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
-    code = next(code for code, each in DTYPES.items() if each == dtype)
     bar = tqdm(total=sum(nbytes.values()), unit="B", unit_scale=True, disable=None)
+
+    def load(name: str) -> Tensor:
+        tensor = loaders[name]().to(dtype)
+        check(tensor.shape == shapes[name], f"{source}: {name} has shape {tuple(tensor.shape)}, but the config calls for "
+              f"{tuple(shapes[name])}")
+        finite = all(x.isfinite() for x in tensor.aminmax())  # no copy, as isfinite() of the tensor would make
+        check(finite, f"{source}: {name} holds NaN or infinite values (as {dtype})")
+        bar.update(nbytes[name])
+        return tensor
+
     for filename, names in zip(files, shards):
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            start, end = end, end + nbytes[name]
-            header[name] = {"dtype": code, "shape": shapes[name], "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that the numbers lie aligned
-        with open(folder / filename, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                tensor = loaders[name]().to(dtype)
-                check(tensor.shape == shapes[name], f"{source}: {name} has shape {tuple(tensor.shape)}, but the config "
-                      f"calls for {tuple(shapes[name])}")
-                finite = all(x.isfinite() for x in tensor.aminmax())  # no copy, as isfinite() of the tensor would make
-                check(finite, f"{source}: {name} holds NaN or infinite values (as {dtype})")
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-                bar.update(nbytes[name])
+        write_tensors(folder / filename, {n: shapes[n] for n in names}, dict.fromkeys(names, dtype), load)
     bar.close()
     if len(files) > 1:
         places = {name: filename for filename, names in zip(files, shards) for name in names}

@@ -15,7 +15,7 @@ from checkpoint import load_optimizer, load_weights, parameter_names, read_model
 from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
 from model import ModelConfig, Transformer, init_weights
 from runtime import (Metrics, Processes, RunState, announce_exhausted, clip_and_step, lr_factor, make_optimizer, no_sync,
-                     start_processes, wrap)
+                     shard, start_processes, wrap)
 from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
 
 
@@ -50,14 +50,15 @@ def model_config(cfg: PretrainSettings) -> ModelConfig:
         raise ValueError(f"shape: {error}") from None
 
 
-def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, device: torch.device):
+def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, processes: Processes):
     """The model and its optimizer: fresh, from init_from, or as a checkpoint holds them."""
     with torch.device("meta"):
         model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing)
-    model = model.to_empty(device=device)
     if checkpoint is None and cfg.shape is not None:
-        init_weights(model, cfg.seed)
+        init_weights(model.to_empty(device=processes.device), cfg.seed)
+        model = shard(model, cfg, processes)
     else:
+        model = shard(model, cfg, processes).to_empty(device=processes.device)
         load_weights(model, checkpoint or cfg.init_from)
     optimizer = make_optimizer([dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)])
     if checkpoint is not None:
@@ -73,7 +74,7 @@ def main(cfg: PretrainSettings) -> None:
                              seq_len=cfg.seq_len, vocab_size=shape.vocab_size, context_length=shape.context_length)
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
         state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
-    model, optimizer = build(cfg, shape, checkpoint, processes.device)
+    model, optimizer = build(cfg, shape, checkpoint, processes)
     processes.say(f"{shape.n_params():,} parameters")
     processes.say(budget_table(data.train, state.domain_weights, state.cursors,
                                (cfg.max_steps - state.step) * cfg.global_batch_size))
@@ -97,9 +98,8 @@ def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: S
             steer(state, losses, cfg)
             metrics.evaluation(losses)
         if step > first and (step % cfg.save_interval == 0 or last):
-            if rank == 0:
-                save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, optimizer=optimizer,
-                                assets=assets)
+            save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, is_main=rank == 0, optimizer=optimizer,
+                            assets=assets)
             processes.barrier()
         if last:
             break

@@ -26,7 +26,7 @@ from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
 from l0 import L0, expected_params, mask_sets, prob_open
 from model import ModelConfig, Transformer
 from runtime import (Metrics, Processes, RunState, announce_exhausted, average_gradients, clip_and_step, lr_factor,
-                     make_optimizer, no_sync, start_processes, wrap)
+                     make_optimizer, no_sync, shard, start_processes, wrap)
 from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
 
 
@@ -86,12 +86,12 @@ def mask_metrics(masks: L0, source: ModelConfig, cfg: PruneSettings, step: int) 
     return values
 
 
-def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path | None, device: torch.device):
+def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path | None, processes: Processes):
     """The model, its masks and their optimizer: the source's, or as a checkpoint holds them."""
     with torch.device("meta"):
         model = Transformer(source, attention=cfg.attention, checkpointing=cfg.checkpointing)
-    model = load_weights(model.to_empty(device=device), checkpoint or cfg.init_from)
-    masks = L0(sets, count=cfg.count, seed=cfg.seed).to(device)
+    model = load_weights(shard(model, cfg, processes).to_empty(device=processes.device), checkpoint or cfg.init_from)
+    masks = L0(sets, count=cfg.count, seed=cfg.seed).to(processes.device)
     optimizer = make_optimizer([
         dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
         dict(params=list(masks.log_alpha.values()), lr=cfg.mask_learning_rate),
@@ -115,7 +115,7 @@ def main(cfg: PruneSettings) -> None:
                              seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
         state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
-    model, masks, optimizer = build(cfg, source, sets, checkpoint, processes.device)
+    model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
     processes.say(budget_table(data.train, state.domain_weights, state.cursors,
@@ -146,9 +146,8 @@ def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Samp
             if rank == 0 and log_alphas:
                 save_masks(cfg.out_dir, masks, step)
         if step > first and (step % cfg.save_interval == 0 or last):
-            if rank == 0:
-                save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, optimizer=optimizer, masks=masks,
-                                target=target, assets=assets)
+            save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, is_main=rank == 0, optimizer=optimizer,
+                            masks=masks, target=target, assets=assets)
             processes.barrier()
         if last:
             break

@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from settings import TrainSettings, UserError, check
@@ -96,6 +99,21 @@ def start_processes(settings: TrainSettings) -> Processes:
     return Processes(rank, world, device, dtype)
 
 
+def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.Module:
+    """With parallel = fsdp, shard the parameters over all processes, layer by layer (FSDP2); before they have values.
+
+    The shards stay fp32; layers compute in the dtype of autocast, and gradients are summed in fp32.  Inputs are not cast:
+    masks stay fp32.
+    """
+    if settings.parallel == "fsdp" and processes.world > 1:
+        low = None if processes.dtype == torch.float32 else processes.dtype
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(processes.device.type, (processes.world,))
+        for module in [*model.model["layers"], model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
 def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.Module:
     """The module to call in training: compiled in place if asked, in DDP if there are several processes.
 
@@ -103,7 +121,7 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
     """
     if settings.compile:
         model.compile()
-    if processes.world == 1:
+    if processes.world == 1 or settings.parallel == "fsdp":
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -143,7 +161,8 @@ def clip_and_step(optimizer: torch.optim.AdamW, factor: float, grad_clip: float)
     norms = []
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-        norms.append(nn.utils.clip_grad_norm_(group["params"], grad_clip, foreach=True))
+        norm = nn.utils.clip_grad_norm_(group["params"], grad_clip, foreach=True)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     norms = torch.stack(norms)
     optimizer.grad_scale, optimizer.found_inf = None, 1.0 - norms.isfinite().all().float()
     optimizer.step()

@@ -222,6 +222,7 @@ class TrainSettings:
     logger: typing.Literal["none", "tensorboard", "wandb"] = "none"  # a second place for the metrics
 
     device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    parallel: typing.Literal["ddp", "fsdp"] = "ddp"  # a copy of all on each device, or all sharded over them (FSDP2)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda, else float32
     attention: typing.Literal["sdpa", "flash_attn"] = "sdpa"  # torch's own, or the flash-attn package (cuda, bfloat16)
     compile: bool = False  # torch.compile the model

@@ -1,6 +1,6 @@
 # torchrun --nproc_per_node=8 prune.py configs/7b_to_1.3b.py
 # Llama-2-7B (4096, 32 layers, 32 heads, 11008) -> 1.3B (2048, 24 layers, 16 heads, 5504), the published recipe.
-# Data parallel in fp32: weights, gradients and AdamW take 16 bytes a parameter, 108 GB a GPU, so H200 or larger.
+# fp32 weights, gradients and AdamW take 16 bytes a parameter, 108 GB: sharded over 8 GPUs, 13.5 GB each.
 # 32 sequences x 4096 tokens = 131,072 tokens a step; x 3200 steps = 0.42 B tokens.  8 GPUs x 4 sequences: no accumulation.
 init_from = "models/llama2-7b"
 data_dir = "data/redpajama"
@@ -30,4 +30,5 @@ lagrangian_warmup_steps = 640
 eval_interval = 50
 eval_sequences = 500
 save_interval = 3200
+parallel = "fsdp"
 checkpointing = True  # or the activations of a micro-batch do not fit

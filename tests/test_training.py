@@ -118,12 +118,14 @@ def test_more_micro_batches_are_the_same_batch(tmp_path, data_dir, source):
         assert y["grad_norm/weights"] == pytest.approx(x["grad_norm/weights"], rel=1e-4)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_give_the_losses_of_one(tmp_path, data_dir, source, stage):
+def test_two_processes_give_the_losses_of_one(tmp_path, data_dir, source, stage, parallel):
     main, make = STAGES[stage]
     changes = dict(max_steps=20, eval_interval=10, **STEERED)
     main(make(data_dir, tmp_path / "one", source, **changes))
-    done = run_script(f"{stage}.py", *flags(make(data_dir, tmp_path / "two", source, **changes)), processes=2)
+    two = make(data_dir, tmp_path / "two", source, parallel=parallel, **changes)
+    done = run_script(f"{stage}.py", *flags(two), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (without_speed(tmp_path / name) for name in ("one", "two"))
     assert [x["step"] for x in one] == [x["step"] for x in two] and len(one) == 20 + 3
@@ -137,6 +139,31 @@ def test_two_processes_give_the_losses_of_one(tmp_path, data_dir, source, stage)
         assert (tmp_path / "two" / "step_0000020" / name).is_file()
     cursors = [json.loads((tmp_path / x / "step_0000020" / "state.json").read_text())["cursors"] for x in ("one", "two")]
     assert cursors[0] == cursors[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sharded_and_whole_runs_resume_each_other(tmp_path, data_dir, source, stage):
+    """10 steps of one process and 10 of two that shard, and the other way round: both are the run of one process."""
+    main, make = STAGES[stage]
+    changes = dict(max_steps=20, eval_interval=10, save_interval=10, **STEERED)
+    main(make(data_dir, tmp_path / "one", source, **changes))
+    shutil.copytree(tmp_path / "one", tmp_path / "then_two")
+    shutil.rmtree(tmp_path / "then_two" / "step_0000020")
+    two = make(data_dir, tmp_path / "then_two", source, parallel="fsdp", resume=True, **changes)
+    done = run_script(f"{stage}.py", *flags(two), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = make(data_dir, tmp_path / "two", source, parallel="fsdp", **changes)
+    done = run_script(f"{stage}.py", *flags(two), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(tmp_path / "two" / "step_0000020")
+    main(make(data_dir, tmp_path / "two", source, resume=True, **changes))
+    weights = [load_file(tmp_path / x / "step_0000020" / "model.safetensors") for x in ("one", "then_two", "two")]
+    for other in weights[1:]:
+        assert other.keys() == weights[0].keys()
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+    losses = [[x["loss"] for x in train_lines(tmp_path / x)] for x in ("one", "then_two", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 # ---- masks
