@@ -180,6 +180,7 @@ def run_stage(main: Callable, cls: type) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if in_process_group():
+        sys.modules["torch.distributed"].barrier()  # together: a rank that leaves early breaks the others' connections
         sys.modules["torch.distributed"].destroy_process_group()
 
 
