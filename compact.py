@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import latest_checkpoint, load_weights, new_folder, read_model_config, tensor_names, write_model
+from checkpoint import check_whole, latest_checkpoint, load_weights, new_folder, read_model_config, tensor_names, write_model
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, layer_masks
 from settings import check, read_json, run_stage, user_errors
@@ -156,6 +156,7 @@ def main(cfg: CompactSettings) -> None:
     folder = latest_checkpoint(folder) or folder
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
     check((folder / "masks.safetensors").is_file(), f"{folder} is no checkpoint of prune.py: it has no masks.safetensors")
+    check_whole(folder)
     source = read_model_config(folder, ModelConfig)
     target = read_model_config(folder, ModelConfig, "target_config.json")
     names = tensor_names(folder / "masks.safetensors")

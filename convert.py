@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPE_CODES, load_weights, new_folder, read_model_config, write_tensors
+from checkpoint import DTYPE_CODES, check_whole, load_weights, new_folder, read_model_config, write_tensors
 from model import ModelConfig, Transformer
 from settings import UserError, check, read_json, require, run_stage
 from tokenizer import load_tokenizer
@@ -380,6 +380,7 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
     check(not (source / "masks.safetensors").exists(), f"{source} holds masks, and no Hugging Face model has any; "
           "run compact.py first")
     check((source / "model.safetensors").is_file(), f"{source} has no model.safetensors")
+    check_whole(source)
     loaders, dtype = open_safetensors([source / "model.safetensors"])
     dtype = getattr(torch, settings.dtype, dtype)  # "source" is no name of torch's
     write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)

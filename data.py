@@ -10,6 +10,8 @@ A window is T + 1 tokens and starts every T tokens, so each token of a window bu
 import hashlib
 import json
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class Split:
     starts: np.ndarray  # int64 [parts + 1]: index of each part's first window; the last is the number of windows
     vocab_size: int
     tokenizer: str  # fingerprint
+    checksums: tuple[tuple[Path, str], ...] = ()  # of each file: SHA-256 by its index
 
     @property
     def n_windows(self) -> int:
@@ -94,7 +97,8 @@ def open_split(data_dir: str | Path, domain: str, split: str, seq_len: int) -> S
         parts.append(np.memmap(file, index["dtype"], "r") if want_size else np.zeros(0, index["dtype"]))
     windows = [max(0, (len(p) - 1) // seq_len) for p in parts]
     return Split(domain, split, seq_len, tuple(parts), np.cumsum([0, *windows], dtype=np.int64),
-                 indexes[0]["vocab_size"], indexes[0]["tokenizer"])
+                 indexes[0]["vocab_size"], indexes[0]["tokenizer"],
+                 tuple((path.with_suffix(".bin"), index["sha256"]) for path, index in zip(paths, indexes)))
 
 
 def open_domains(data_dir: str | Path, domains: list[str], split: str, seq_len: int) -> list[Split]:
@@ -136,6 +140,27 @@ def open_run_data(data_dir: str | Path, domains: list[str], *, split: str, seq_l
         raise ValueError(f"{data_dir} was made with a tokenizer of {train[0].vocab_size} tokens, but the model knows "
                          f"{vocab_size}; prepare the text with the model's tokenizer")
     return RunData(train, open_domains(data_dir, domains, "eval", seq_len), data_dir / "tokenizer")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes as the disk has them, not the page cache, where the system can be asked for that."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_tokens(data: RunData) -> None:
+    """Raises ValueError, naming the file, if one differs from the checksum in its index.  Reads all, in 8 threads."""
+    files = [file for split in (*data.train, *data.eval) for file in split.checksums]
+    with ThreadPoolExecutor(8) as pool:
+        for (path, want), got in zip(files, pool.map(lambda file: sha256(file[0]), files)):
+            if got != want:
+                raise ValueError(f"{path} differs from the checksum in its index: damaged or changed since prepare.py wrote "
+                                 "it; copy it again, or remove it and its index and run prepare.py again")
 
 
 # ---- the sampler

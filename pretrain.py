@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_optimizer, load_weights, parameter_names, read_model_config, save_checkpoint, start_run
-from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
+from data import RunData, Sampler, evaluate, open_run_data, steer
 from model import ModelConfig, Transformer, init_weights
-from runtime import (Metrics, Processes, RunState, announce_exhausted, clip_and_step, lr_factor, make_optimizer, no_sync,
-                     shard, start_processes, wrap)
+from plan import preflight, report
+from runtime import (Metrics, Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync,
+                     shard, start_processes, used_up, wrap)
 from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
 
 
@@ -67,17 +68,19 @@ def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, pr
 
 
 def main(cfg: PretrainSettings) -> None:
-    processes = start_processes(cfg)
     with user_errors():
         shape = model_config(cfg)
+    if cfg.plan:
+        return print(report(cfg, shape, {}))
+    processes = start_processes(cfg)
+    with user_errors():
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=shape.vocab_size, context_length=shape.context_length)
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
-        state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
-    model, optimizer = build(cfg, shape, checkpoint, processes)
+    state, checkpoint, assets = processes.on_main(start_run, cfg, data)
     processes.say(f"{shape.n_params():,} parameters")
-    processes.say(budget_table(data.train, state.domain_weights, state.cursors,
-                               (cfg.max_steps - state.step) * cfg.global_batch_size))
+    processes.on_main(preflight, cfg, processes, shape, {}, data, state)
+    model, optimizer = build(cfg, shape, checkpoint, processes)
     train(cfg, processes, data, sampler, state, model, optimizer, assets)
 
 
@@ -88,6 +91,7 @@ def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: S
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
+    signals = Signals(processes)
     first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps
@@ -97,15 +101,18 @@ def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: S
                 losses = evaluate(model, {}, data.eval, cfg, processes)
             steer(state, losses, cfg)
             metrics.evaluation(losses)
-        if step > first and (step % cfg.save_interval == 0 or last):
-            save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, is_main=rank == 0, optimizer=optimizer,
-                            assets=assets)
-            processes.barrier()
+        batch = sampler.draw(step, state.domain_weights, state.cursors)
+        stop = metrics.stop
+        if not last:
+            stop = signals.asked(step) or stop or used_up(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
+        if step > first and (step % cfg.save_interval == 0 or last or stop is not None):
+            metrics.hold()
+            save_checkpoint(cfg, state, processes, model=model, model_config=model.cfg, optimizer=optimizer, assets=assets)
+        if stop is not None:
+            raise stop
         if last:
             break
         metrics.start_clock()
-        batch = sampler.draw(step, state.domain_weights, state.cursors)
-        announce_exhausted(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
         for micro_step in range(accum):
             index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
             rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
@@ -117,9 +124,10 @@ def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: S
             metrics.add("loss", loss)
         metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
         state.step, state.cursors = step + 1, batch.cursors
-        if state.step % cfg.log_interval == 0 or state.step % cfg.save_interval == 0 or state.step == cfg.max_steps:
+        if state.step % cfg.log_interval == 0 or state.step == cfg.max_steps:
             metrics.log({})
     metrics.close()
+    signals.close()
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ import torch
 
 from checkpoint import (load_optimizer, load_weights, parameter_names, read_model_config,
                         save_checkpoint, save_masks, start_run)
-from data import RunData, Sampler, budget_table, evaluate, open_run_data, steer
+from data import RunData, Sampler, evaluate, open_run_data, steer
 from l0 import L0, expected_params, mask_sets, prob_open
 from model import ModelConfig, Transformer
-from runtime import (Metrics, Processes, RunState, announce_exhausted, average_gradients, clip_and_step, lr_factor,
-                     make_optimizer, no_sync, shard, start_processes, wrap)
+from plan import preflight, report
+from runtime import (Metrics, Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor,
+                     make_optimizer, no_sync, shard, start_processes, used_up, wrap)
 from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
 
 
@@ -103,26 +104,41 @@ def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path 
     return model, masks, optimizer
 
 
-def main(cfg: PruneSettings) -> None:
-    processes = start_processes(cfg)
+def shapes(cfg: PruneSettings) -> tuple[ModelConfig, ModelConfig, dict]:
+    """The source, the target, and the mask sets that lead from one to the other.  Raises UserError."""
     with user_errors():
         source = read_model_config(cfg.init_from, ModelConfig)
         check(not (Path(cfg.init_from) / "masks.safetensors").exists(), f"init_from = {cfg.init_from} holds masks, which "
               "would be lost; run compact.py on it first, or go on with that run by --resume")
         target = target_config(cfg, source)
         sets = mask_sets(source, target, cfg.pruning_modules)
+    check(bool(sets) or cfg.pruning_modules is not None, "nothing to prune: no target_* is smaller than the source's "
+          f"({source}); give one, or --pruning_modules='()' to train without masks")
+    return source, target, sets
+
+
+def main(cfg: PruneSettings) -> None:
+    source, target, sets = shapes(cfg)
+    if cfg.plan:
+        return print(report(cfg, source, sets))
+    processes = start_processes(cfg)
+    with user_errors():
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
-        state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
-    model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
+    state, checkpoint, assets = processes.on_main(start_run, cfg, data)
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
-    processes.say(budget_table(data.train, state.domain_weights, state.cursors,
-                               (cfg.max_steps - state.step) * cfg.global_batch_size))
+    processes.on_main(preflight, cfg, processes, source, sets, data, state)
+    if sets and cfg.max_steps < cfg.lagrangian_warmup_steps:
+        processes.say(f"warning: the run ends at step {cfg.max_steps}, before its target sparsity is reached at step "
+                      f"{cfg.lagrangian_warmup_steps}")
+    model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
     train(cfg, processes, data, sampler, state, model, masks, optimizer, target, assets)
     for name, (dead, between) in masks.undecided().items():
-        processes.say(f"{name}: {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
+        asked = masks.target_sparsity(name, cfg.max_steps, warmup=0)
+        processes.say(f"{name}: expected sparsity {float(masks.sparsity()[name].detach().mean()):.4f}, "
+                      f"the target's {asked:.4f}; {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
 
 
 def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState, model: Transformer,
@@ -132,6 +148,7 @@ def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Samp
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
+    signals = Signals(processes)
     log_alphas, first = list(masks.log_alpha.values()), state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps
@@ -145,15 +162,19 @@ def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Samp
             metrics.evaluation(losses)
             if rank == 0 and log_alphas:
                 save_masks(cfg.out_dir, masks, step)
-        if step > first and (step % cfg.save_interval == 0 or last):
-            save_checkpoint(cfg.out_dir, state, model=model, model_config=model.cfg, is_main=rank == 0, optimizer=optimizer,
-                            masks=masks, target=target, assets=assets)
-            processes.barrier()
+        batch = sampler.draw(step, state.domain_weights, state.cursors)
+        stop = metrics.stop
+        if not last:
+            stop = signals.asked(step) or stop or used_up(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
+        if step > first and (step % cfg.save_interval == 0 or last or stop is not None):
+            metrics.hold()
+            save_checkpoint(cfg, state, processes, model=model, model_config=model.cfg, optimizer=optimizer, masks=masks,
+                            target=target, assets=assets)
+        if stop is not None:
+            raise stop
         if last:
             break
         metrics.start_clock()
-        batch = sampler.draw(step, state.domain_weights, state.cursors)
-        announce_exhausted(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
         for micro_step in range(accum):
             index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
             rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
@@ -172,9 +193,10 @@ def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Samp
         metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
         masks.clamp_()
         state.step, state.cursors = step + 1, batch.cursors
-        if state.step % cfg.log_interval == 0 or state.step % cfg.save_interval == 0 or state.step == cfg.max_steps:
+        if state.step % cfg.log_interval == 0 or state.step == cfg.max_steps:
             metrics.log(mask_metrics(masks, model.cfg, cfg, state.step))
     metrics.close()
+    signals.close()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from settings import TrainSettings, UserError, check
+from settings import Interrupted, TrainSettings, UserError, check
 
 
 @dataclass
@@ -36,6 +38,7 @@ class RunState:
     reference_loss: dict[str, float]  # empty until the source is measured
     evaluated: int = -1  # the step of the last evaluation
     skipped: int = 0  # steps skipped for a non-finite gradient
+    unlogged: dict[str, float] = field(default_factory=dict)  # what Metrics has added up since its last line
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Processes:
     world: int
     device: torch.device
     dtype: torch.dtype  # of autocast
+    cpus: dist.ProcessGroup | None = None  # between the hosts' CPUs: for what no device should wait for
 
     def autocast(self):
         """The context of a forward pass: bf16 products with fp32 weights, or nothing."""
@@ -59,9 +63,21 @@ class Processes:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
-    def barrier(self) -> None:
+    def on_main(self, work: Callable, *args):
+        """What work(*args) returns on rank 0, on every rank; so is its UserError, and no rank waits for one that left."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work(*args)
+            except UserError as e:
+                error = e
         if self.world > 1:
-            dist.barrier()
+            box = [result, error]
+            dist.broadcast_object_list(box, group=self.cpus)
+            result, error = box
+        if error is not None:
+            raise error
+        return result
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -73,6 +89,9 @@ class Processes:
 def start_processes(settings: TrainSettings) -> Processes:
     """Join the process group that torchrun describes, if any, and choose the device.  Raises UserError."""
     rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    # github.com/pytorch/pytorch/issues/135712: a restart would look for the processes that are no more
+    check(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True",
+          "torchrun --max-restarts works only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
     kind = settings.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -93,10 +112,12 @@ def start_processes(settings: TrainSettings) -> Processes:
           f"{settings.micro_batch_size} x {world}")
     if kind == "cuda":
         torch.cuda.set_device(device)
+    cpus = None
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
-                                timeout=timedelta(hours=2))  # the others wait while rank 0 writes a checkpoint
-    return Processes(rank, world, device, dtype)
+                                timeout=timedelta(minutes=settings.timeout_minutes))
+        cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # the others wait while rank 0 writes a checkpoint
+    return Processes(rank, world, device, dtype, cpus)
 
 
 def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.Module:
@@ -130,6 +151,56 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
 def no_sync(model: nn.Module, last: bool):
     """Hold DDP's gradient all-reduce back in all micro-steps but the last."""
     return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+# ---- reasons to stop before the last step
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 ask a run to save and exit.  All ranks agree on the step, and no device waits for that:
+
+    each step starts the maximum of what the ranks have received, between their CPUs, and the next step reads it.
+    """
+
+    def __init__(self, processes: Processes):
+        self.cpus, self.received, self.sent, self.work = processes.cpus, 0, None, None
+        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def receive(self, number: int, frame) -> None:
+        self.received = number
+
+    def asked(self, step: int) -> Interrupted | None:
+        """The reason to stop before this step, if there is one.  Every rank calls it once a step."""
+        number = self.received
+        if self.cpus is not None:
+            number = self.agreed()
+            self.sent = torch.tensor(self.received)
+            self.work = dist.all_reduce(self.sent, dist.ReduceOp.MAX, group=self.cpus, async_op=True)
+        if number == 0:
+            return None
+        return Interrupted(f"stopped by {signal.Signals(number).name} and saved at step {step}; go on with --resume")
+
+    def agreed(self) -> int:
+        """The signal that any rank had received one step ago, or 0."""
+        if self.work is None:
+            return 0
+        self.work.wait()
+        return int(self.sent)
+
+    def close(self) -> None:
+        self.agreed()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def used_up(domains: list[str], settings: TrainSettings, processes: Processes) -> UserError | None:
+    """Domains about to start over in a new order: say so, or return the reason to stop if on_exhausted asks for that."""
+    if domains and settings.on_exhausted == "error":
+        return UserError(f"domain {domains[0]} is used up and on_exhausted = error; prepare more of it, or go on with "
+                         "--resume --on_exhausted=wrap")
+    for domain in domains:
+        processes.say(f"warning: domain {domain} is used up; its sequences come again in a new order")
+    return None
 
 
 # ---- optimizer and schedule
@@ -194,27 +265,21 @@ def peak_flops(processes: Processes) -> float | None:
     return None if peak is None else peak * processes.world
 
 
-def announce_exhausted(domains: list[str], settings: TrainSettings, processes: Processes) -> None:
-    """Say which domains start over in a new order, or stop the run if that is what on_exhausted asks for."""
-    for domain in domains:
-        check(settings.on_exhausted == "wrap", f"domain {domain} is used up and on_exhausted = error; prepare more of it, "
-              "lower its weight, or take --on_exhausted=wrap")
-        processes.say(f"warning: domain {domain} is used up; its sequences come again in a new order")
-
-
 class Metrics:
     """metrics.jsonl of a run, TensorBoard or W&B beside it, and the progress bar.  Only rank 0 writes.
 
     A line holds "step", the number of optimizer steps done, so a run that resumes at step s cuts the lines past s.
-    Between lines everything is added up on the device: one sync a line.
+    Between lines everything is added up on the device: one sync a line.  A checkpoint between two lines holds the sums.
     """
 
     def __init__(self, settings: TrainSettings, processes: Processes, state: RunState, *, flops_per_token: float):
         self.settings, self.processes, self.state, self.flops_per_token = settings, processes, state, flops_per_token
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0  # since the last line
-        self.seconds, self.started = 0.0, None
-        self.in_row = torch.zeros((), device=processes.device)  # skipped steps up to now
+        held = dict(state.unlogged)
+        self.steps = int(held.pop("steps", 0))  # since the last line
+        self.seconds, self.started = held.pop("seconds", 0.0), None
+        self.in_row = torch.tensor(held.pop("in_row", 0.0), device=processes.device)  # skipped steps up to now
+        self.sums = {name: torch.tensor(value, device=processes.device) for name, value in held.items()}
+        self.stop: UserError | None = None  # the reason, after too many skipped steps
         self.bar = tqdm(total=settings.max_steps, initial=state.step, disable=True if processes.rank else None)
         self.file = self.board = None
         if processes.rank == 0:
@@ -224,6 +289,7 @@ class Metrics:
         path = Path(self.settings.out_dir) / "metrics.jsonl"
         step, logger = self.state.step, self.settings.logger
         try:
+            path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
             old = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             cut = path.with_suffix(".tmp")
             cut.write_text("".join(x for x in old if x.endswith("\n") and json.loads(x)["step"] <= step))
@@ -239,7 +305,7 @@ class Metrics:
         if logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.settings.out_dir)
+            self.board = SummaryWriter(self.settings.out_dir, purge_step=step + 1)
         elif logger == "wandb":
             import wandb
 
@@ -268,8 +334,16 @@ class Metrics:
         self.in_row = (self.in_row + skipped) * skipped
         self.steps += 1
 
+    def hold(self) -> None:
+        """Put what no line holds yet into the state that is about to be saved.  Every rank calls it."""
+        self.state.unlogged = {"in_row": float(self.in_row)} if self.in_row else {}
+        if self.steps:
+            loss = self.processes.sum(self.sums["loss"].clone()) / self.processes.world
+            self.state.unlogged |= {name: float(v) for name, v in (self.sums | {"loss": loss}).items()}
+            self.state.unlogged |= {"steps": self.steps, "seconds": self.seconds}
+
     def log(self, values: dict[str, float | Tensor]) -> None:
-        """One line of training: means since the last one, and `values`.  Raises UserError after too many skipped steps."""
+        """One line of training: means since the last one, and `values`.  Sets `stop` after too many skipped steps."""
         cfg, processes = self.settings, self.processes
         values = {name: value / self.steps for name, value in self.sums.items()} | values
         values["loss"] = processes.sum(values["loss"].clone()) / processes.world
@@ -288,9 +362,10 @@ class Metrics:
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update(self.state.step - self.bar.n)
         self.sums, self.steps, self.seconds = {}, 0, 0.0
-        check(in_row < cfg.max_skipped, f"the gradient was not finite in {in_row} steps in a row, up to step "
-              f"{self.state.step}; resume from the last checkpoint in {cfg.out_dir} (if there is one yet) with a lower "
-              "learning_rate, or look for the cause in the data")
+        if in_row >= cfg.max_skipped:
+            self.stop = UserError(f"the gradient was not finite in {in_row} steps in a row, up to step {self.state.step}; "
+                                  f"{cfg.out_dir} holds the weights as they were before those: look for the cause in the "
+                                  "data, or --resume with a lower learning_rate")
 
     def evaluation(self, losses: dict[str, float | None]) -> None:
         """One line of an evaluation, and the same for people."""
@@ -306,7 +381,10 @@ class Metrics:
         if self.file is None:
             return
         values = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps({"step": self.state.step} | values) + "\n")
+        try:
+            self.file.write(json.dumps({"step": self.state.step} | values) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}; then go on with --resume") from None
         numbers = {name: value for name, value in values.items() if value is not None}
         if self.settings.logger == "tensorboard":
             for name, value in numbers.items():

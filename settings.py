@@ -15,6 +15,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 import types
@@ -27,6 +28,14 @@ from pathlib import Path
 
 class UserError(Exception):
     """Something the user can mend.  The message: what, its value, what was expected, what to do.  One line."""
+
+    status = 2  # of the process
+
+
+class Interrupted(UserError):
+    """A signal stopped a run, which is saved: a scheduler that sees this status may queue it again."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def check(condition: bool, message: str) -> None:
@@ -159,7 +168,7 @@ def parse_args(cls: type, argv: list[str]):
 
 
 def run_stage(main: Callable, cls: type) -> None:
-    """`main(settings)` from the command line.  A user's error is one line on stderr and exit status 2.
+    """`main(settings)` from the command line.  A user's error is one line on stderr and exit status 2, or its own.
 
     torch is looked up, not imported, for the sake of stages that need none: prepare.py starts a process for each core.
     Under torchrun the first rank to exit has the others killed, so rank 0 speaks first: the others wait a moment, and
@@ -172,11 +181,22 @@ def run_stage(main: Callable, cls: type) -> None:
     try:
         main(parse_args(cls, sys.argv[1:]))
     except UserError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, to end this rank now
         rank = int(os.environ.get("RANK", 0))
-        if rank:
+        if rank and not isinstance(error, Interrupted):
             time.sleep(5)
-        print(f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
-        os._exit(2) if in_process_group() else sys.exit(2)  # a process group's threads can hang a clean exit
+        if rank == 0 or not isinstance(error, Interrupted):
+            who = Path(sys.argv[0]).name + (f": rank {rank}" if rank else "")
+            print(f"{who}: {error}", file=sys.stderr, flush=True)
+        if in_process_group():  # its threads can hang a clean exit
+            os._exit(error.status)
+        sys.exit(error.status)
+    except RuntimeError as error:
+        if not in_process_group() or "gloo" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']}: another process died, or did not answer within "
+              f"timeout_minutes: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     if in_process_group():
@@ -194,6 +214,7 @@ class TrainSettings:
     data_dir: str  # folder that prepare.py wrote
     out_dir: str  # folder of this run: config.json, metrics.jsonl, step_*/
     split: str = "train"  # which of prepare.py's splits to train on
+    verify_data: bool = True  # hold the token files against their checksums before the first step: a second or two a GB
     init_from: str = ""  # model folder to start from: convert.py's, compact.py's, or a step_* folder of pretrain.py
     resume: bool = False  # go on from the newest checkpoint in out_dir (from the start if there is none)
 
@@ -218,8 +239,11 @@ class TrainSettings:
     eval_interval: int = 50  # steps between evaluations; one comes before the first step
     eval_sequences: int = 500  # held-out sequences a domain, the same ones each time
     save_interval: int = 3200  # steps between checkpoints; the last step is always saved
+    keep_last: int = 0  # delete all but so many of the newest checkpoints; 0: keep all
+    keep_every: int = 0  # but never those of steps that divide by this; 0: no such step
     log_interval: int = 1  # steps between lines of metrics.jsonl
     max_skipped: int = 20  # steps in a row whose gradient is not finite, and which are skipped, before the run stops
+    timeout_minutes: float = 10.0  # a process that waits longer than this for another one in a step ends the run
     logger: typing.Literal["none", "tensorboard", "wandb"] = "none"  # a second place for the metrics
 
     device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
@@ -228,15 +252,16 @@ class TrainSettings:
     attention: typing.Literal["sdpa", "flash_attn"] = "sdpa"  # torch's own, or the flash-attn package (cuda, bfloat16)
     compile: bool = False  # torch.compile the model
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    plan: int = 0  # say what the run will take on so many devices, without taking it, and stop
 
     def __post_init__(self):
         positive = ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
-                    "save_interval", "log_interval", "learning_rate", "grad_clip", "max_skipped")
+                    "save_interval", "log_interval", "learning_rate", "grad_clip", "max_skipped", "timeout_minutes")
         for name in positive:
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "seed", "min_weight"):
+        for name in ("warmup_steps", "weight_decay", "seed", "min_weight", "keep_last", "keep_every", "plan"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
-        for name in ("learning_rate", "grad_clip", "weight_decay"):
+        for name in ("learning_rate", "grad_clip", "weight_decay", "timeout_minutes"):
             require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)} must be finite")
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio = {self.min_lr_ratio} must be between 0 and 1")
         require(self.global_batch_size % self.micro_batch_size == 0,

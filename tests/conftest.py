@@ -5,6 +5,7 @@ Plain functions are imported (`from conftest import ...`); what is costly is a f
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import pretrain
 import prune
 from checkpoint import write_model
-from data import INDEX_KEYS
+from data import INDEX_KEYS, Sampler, sha256
 from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,11 +60,12 @@ def soft_mask(shape: tuple[int, ...], kept: int, generator: torch.Generator) -> 
 def write_tokens(data_dir: Path, domain: str, split: str, tokens, *, name: str = "", **changes) -> Path:
     """The two files that prepare.py writes for a domain and split, or for a shard of one (`name`).  Returns the index."""
     index = dict(format=1, domain=domain, split=split, dtype="uint16", n_tokens=len(tokens), n_documents=1,
-                 n_bytes=4 * len(tokens), vocab_size=64, tokenizer="t", sha256="") | changes
-    assert index.keys() >= INDEX_KEYS.keys()
+                 n_bytes=4 * len(tokens), vocab_size=64, tokenizer="t") | changes
     path = data_dir / domain / f"{name or split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.asarray(tokens, index["dtype"]).tofile(path.with_suffix(".bin"))
+    index = dict(sha256=sha256(path.with_suffix(".bin"))) | index
+    assert index.keys() >= INDEX_KEYS.keys()
     path.write_text(json.dumps(index))
     return path
 
@@ -80,6 +82,15 @@ def write_data_dir(data_dir: Path, sizes: dict[str, int], eval_size: int = 700) 
     (data_dir / "tokenizer").mkdir()
     (data_dir / "tokenizer" / "tokenizer.json").write_text("{}")
     return data_dir
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run that a test stops leaves its handlers of signals behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +147,37 @@ def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess
 
 def read_metrics(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+SPEED = ("tokens_per_second", "mfu")
+
+
+def without_speed(out_dir: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in read_metrics(out_dir)]
+
+
+def train_lines(out_dir: Path) -> list[dict]:
+    return [line for line in read_metrics(out_dir) if "loss" in line]
+
+
+def eval_lines(out_dir: Path) -> list[dict]:
+    return [line for line in read_metrics(out_dir) if "eval_loss" in line]
+
+
+def same_files(a: Path, b: Path) -> None:
+    names = {p.relative_to(a) for p in a.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(b) for p in b.rglob("*") if p.is_file()}
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def at_draw(monkeypatch, at: int, act) -> None:
+    """Call act() when the batch of step `at` is drawn."""
+    draw = Sampler.draw
+
+    def acting(self, step, *args):
+        if step == at:
+            act()
+        return draw(self, step, *args)
+
+    monkeypatch.setattr(Sampler, "draw", acting)

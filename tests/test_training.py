@@ -3,59 +3,27 @@
 import dataclasses
 import json
 import shutil
+import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import (DOMAINS, TARGET, flags, pretrain_settings, prune_settings, read_metrics, run_script,
-                      tiny_config, write_data_dir, write_tokens)
+from conftest import (DOMAINS, TARGET, at_draw, eval_lines, flags, pretrain_settings, prune_settings, read_metrics,
+                      run_script, same_files, tiny_config, train_lines, without_speed, write_data_dir, write_tokens)
 from safetensors.torch import load_file, save_file
 
 import pretrain
 import prune
 from checkpoint import load_weights
-from data import Sampler, evaluate, open_run_data
+from data import evaluate, open_run_data
 from l0 import L0, mask_sets
 from model import Transformer
 from runtime import Processes, clip_and_step, lr_factor, make_optimizer
 from settings import UserError, run_stage
 
 STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
-SAME_SIZE = dict.fromkeys(TARGET)  # target None: the source's
+SAME_SIZE = dict.fromkeys(TARGET) | dict(pruning_modules=())  # target None: the source's
 STEERED = dict(update="doremi", reference_loss=dict.fromkeys(DOMAINS, 3.0))
-SPEED = ("tokens_per_second", "mfu")
-
-
-def without_speed(out_dir: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in SPEED} for line in read_metrics(out_dir)]
-
-
-def train_lines(out_dir: Path) -> list[dict]:
-    return [line for line in read_metrics(out_dir) if "loss" in line]
-
-
-def eval_lines(out_dir: Path) -> list[dict]:
-    return [line for line in read_metrics(out_dir) if "eval_loss" in line]
-
-
-def same_files(a: Path, b: Path) -> None:
-    names = {p.relative_to(a) for p in a.rglob("*") if p.is_file()}
-    assert names == {p.relative_to(b) for p in b.rglob("*") if p.is_file()}
-    for name in names:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
-def stop_before(monkeypatch, at: int) -> None:
-    """Sampler.draw of this step does what Ctrl-C does."""
-    draw = Sampler.draw
-
-    def stop(self, step, *args):
-        if step == at:
-            raise KeyboardInterrupt
-        return draw(self, step, *args)
-
-    monkeypatch.setattr(Sampler, "draw", stop)
 
 
 # ---- the same weights
@@ -81,7 +49,7 @@ def test_resume_is_bit_identical(tmp_path, data_dir, source, stage, monkeypatch)
     whole, parts = (make(data_dir, tmp_path / x, source, **changes) for x in ("whole", "parts"))
     main(whole)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_before(patch, 5)
+        at_draw(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
         main(parts)
     assert train_lines(tmp_path / "parts")[-1]["step"] == 5  # past the checkpoint: to be cut
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
@@ -286,8 +254,20 @@ def test_a_used_up_domain_is_announced_or_stops_the_run(tmp_path, source, capsys
     small = json.loads((tmp_path / "wrap" / "step_0000006" / "state.json").read_text())["cursors"]["small"]
     assert small > 10 and out.count("warning: domain small is used up") == (small - 1) // 10
     assert [line.split()[-1] for line in out.splitlines() if line.startswith("small")] == ["2.40"]  # the budget said so
+    assert "note: domain small will be read 2.40 times at its present weight" in out
+    error = dataclasses.replace(cfg, out_dir=str(tmp_path / "error"), on_exhausted="error")
+    with pytest.raises(UserError, match=r"domain small would be used up: 2\.40 epochs at its weight of 0\.5000"):
+        pretrain.main(error)
+    assert not (tmp_path / "error" / "metrics.jsonl").exists()
+    # a run that sees this only when its weights have moved stops before the step, with all done up to then on the disk
+    moving = dataclasses.replace(error, domain_weights={"big": 0.85, "small": 0.15}, update="doremi", max_steps=7,
+                                 reference_loss={"big": 9.0, "small": 0.0}, eval_interval=1, save_interval=100)
     with pytest.raises(UserError, match="domain small is used up and on_exhausted = error"):
-        pretrain.main(dataclasses.replace(cfg, out_dir=str(tmp_path / "error"), on_exhausted="error"))
+        pretrain.main(moving)
+    folder, = (tmp_path / "error").glob("step_*")
+    used = json.loads((folder / "state.json").read_text())["cursors"]["small"]
+    assert 5 <= used <= 10
+    pretrain.main(dataclasses.replace(moving, on_exhausted="wrap", resume=True))
 
 
 # ---- runs that go wrong
@@ -389,7 +369,8 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, data_dir, source
     lines = err.strip().splitlines()
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith(f"{stage}.py: the gradient was not finite in 3 steps in a row, up to step 6")
-    assert [p.name for p in (tmp_path / "out").glob("step_*")] == ["step_0000003"]  # the good one
+    a, b = (load_file(tmp_path / "out" / step / "model.safetensors") for step in ("step_0000003", "step_0000006"))
+    assert all(torch.equal(a[name], b[name]) for name in a)  # skipped steps change nothing, so the last one is good too
 
 
 def test_fresh_weights_from_a_shape(tmp_path, data_dir):

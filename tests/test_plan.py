@@ -1,0 +1,171 @@
+"""What a run is said to take, against what it takes; and what is refused before the first step."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+from conftest import ROOT, TARGET, flags, pretrain_settings, prune_settings, run_script, tiny_config
+
+import plan
+import pretrain
+import prune
+from l0 import mask_sets
+from model import Transformer
+from plan import checkpoint_bytes, checkpoints, per_device
+from settings import UserError
+
+# Two steps of a model of 25 M parameters; prints the peak of its resident memory over what it had before, and the plan's.
+MEASURE = """
+import dataclasses, sys
+import torch
+from l0 import L0, mask_sets
+from model import ModelConfig, Transformer, init_weights
+from plan import per_device
+from pretrain import PretrainSettings
+from runtime import clip_and_step, make_optimizer
+
+masked, accum, checkpointing, T = (int(x) for x in sys.argv[1:])
+shape = ModelConfig(vocab_size=16000, hidden_size=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64,
+                    intermediate_size=1024)
+target = dataclasses.replace(shape, hidden_size=192, n_layers=4, n_heads=3, n_kv_heads=3, intermediate_size=500)
+sets = mask_sets(shape, target) if masked else {}
+cfg = PretrainSettings(data_dir="-", out_dir="-", init_from="-", update="constant", device="cpu", seq_len=T,
+                       micro_batch_size=4, global_batch_size=4 * accum)
+
+def status(name):
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+torch.mm(torch.ones(300, 300), torch.ones(300, 300))  # what the libraries take
+before = status("VmRSS")
+model, masks = Transformer(shape, checkpointing=bool(checkpointing)), L0(sets)
+init_weights(model, 0)
+optimizer = make_optimizer([
+    dict(params=list(model.parameters()), lr=1e-4), dict(params=list(masks.log_alpha.values()), lr=1.0),
+    dict(params=[*masks.lambda_.values(), *masks.phi.values()], lr=1.0, maximize=True)])
+tokens = torch.randint(16000, (4, T))
+for step in range(2):
+    for micro_step in range(accum):
+        model(tokens, tokens, masks.sample(0, step, micro_step)).backward()
+    if sets:
+        masks.lagrangian(step, warmup=1).backward()
+    clip_and_step(optimizer, 1.0, 1.0)
+measured = status("VmHWM") - before
+print(measured, per_device(shape, sets, cfg, 1, checkpointing=bool(checkpointing))["peak"])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.parametrize("masked, accum, checkpointing, T", [(1, 1, 0, 512), (0, 2, 0, 256), (1, 1, 1, 1024)])
+def test_the_planned_peak_is_the_measured_one(masked, accum, checkpointing, T):
+    # malloc gives every larger block back at once: the plan counts what lives, not what an allocator keeps for later
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, (masked, accum, checkpointing, T))], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, check=True)
+    measured, planned = map(float, done.stdout.split())
+    print(f"measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB: {measured / planned:.3f}")
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+LLAMA_7B = dict(vocab_size=32000, hidden_size=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,
+                intermediate_size=11008)
+
+
+def test_the_plan_of_the_7b_run_needs_its_config_alone(tmp_path):
+    (tmp_path / "model_config.json").write_text(tiny_config(**LLAMA_7B, context_length=4096).to_json())
+    done = run_script("prune.py", "configs/7b_to_1.3b.py", f"--init_from={tmp_path}", "--plan=8", "--data_dir=nowhere")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"parameters +6,738,415,616; masks hidden \(4096,\)", done.stdout)
+    assert re.search(r"tokens a step +131,072 = 8 devices x 1 micro-steps x 4 sequences x 4096", done.stdout)
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:3]] for line in done.stdout.splitlines()
+            if re.fullmatch(r"  \w+ +[\d.]+ +[\d.]+", line)}
+    assert rows["weights"] == rows["gradients"] == [3.37, 3.37] and rows["optimizer"] == [6.74, 6.74]  # 4, 4, 8 bytes / 8
+    assert rows["peak"][0] > 80 > 40 > rows["peak"][1]  # an 80 GB device needs checkpointing, and then has room
+    assert re.search(r"disk +80\.9 GB: 1 checkpoints of 80\.8", done.stdout)
+
+
+def test_sharding_divides_what_is_sharded(data_dir, source):
+    cfg = pretrain_settings(data_dir, "out", source, parallel="fsdp", seq_len=16)
+    shape = tiny_config(hidden_size=256, intermediate_size=1024)
+    one, two, four = (per_device(shape, {}, cfg, n, checkpointing=False) for n in (1, 2, 4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert one[name] == pytest.approx(2 * two[name], rel=1e-3) == pytest.approx(4 * four[name], rel=1e-3)
+    assert one["gathered"] == 0 < two["gathered"] == four["gathered"] and two["activations"] == four["activations"]
+    assert one["peak"] > two["peak"] > four["peak"]
+
+
+def test_a_plan_writes_nothing_and_refuses_what_does_not_divide(tmp_path, source, capsys):
+    cfg = prune_settings("nowhere", tmp_path / "out", source, plan=2)
+    prune.main(cfg)
+    assert "masks hidden (32,); masks layer (4,)" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="global_batch_size = 8 does not divide by micro_batch_size x plan = 2 x 3"):
+        prune.main(dataclasses.replace(cfg, plan=3))
+
+
+@pytest.mark.parametrize("max_steps, save_interval, keep_last, keep_every, first", [
+    (10, 3, 0, 0, 0), (10, 3, 2, 0, 0), (10, 5, 0, 0, 0), (9, 2, 1, 4, 0), (9, 2, 1, 4, 5), (40, 3, 2, 9, 0),
+    (7, 100, 3, 0, 0), (10, 5, 0, 0, 10), (12, 2, 20, 0, 3)])
+def test_checkpoints_are_counted_as_they_come_and_go(source, max_steps, save_interval, keep_last, keep_every, first):
+    cfg = pretrain_settings("data", "out", source, max_steps=max_steps, save_interval=save_interval, keep_last=keep_last,
+                            keep_every=keep_every)
+    there, most = [], 0
+    for step in range(first + 1, max_steps + 1):
+        if step % save_interval == 0 or step == max_steps:
+            there.append(step)
+            most = max(most, len(there))
+            if keep_last:
+                there = [s for s in there if s in there[-keep_last:] or (keep_every and s % keep_every == 0)]
+    assert most <= checkpoints(cfg, first) <= most + bool(keep_every)
+
+
+def test_the_size_of_a_checkpoint(pruned):
+    target = dataclasses.replace(tiny_config(), **{k.removeprefix("target_"): v for k, v in TARGET.items()})
+    planned = checkpoint_bytes(tiny_config(), mask_sets(tiny_config(), target))
+    real = sum((pruned / "step_0000006" / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer", "masks"))
+    headers = 150 * 4 * len(list(Transformer(tiny_config()).parameters()))  # JSON, about 150 bytes a tensor
+    assert planned <= real <= planned + headers
+
+
+# ---- before the first step
+
+
+def test_a_disk_without_room_is_told_first(tmp_path, data_dir, source, monkeypatch, capsys):
+    cfg = pretrain_settings(data_dir, tmp_path / "out", source, save_interval=1)
+    one = checkpoint_bytes(tiny_config(), {})
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(0, 0, 2 * one - 1))
+    with pytest.raises(UserError, match=r"has 0\.00 GB free, and one checkpoint takes 0\.00 GB; make room for two"):
+        pretrain.main(cfg)
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(0, 0, 3 * one))
+    pretrain.main(cfg)
+    assert "warning: 6 checkpoints of 0.00 GB will not fit into the 0.0 GB free" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    pretrain.main(dataclasses.replace(cfg, keep_last=2))
+    assert "will not fit" not in capsys.readouterr().out
+
+
+def test_one_line_says_what_the_run_comes_to(tmp_path, data_dir, source, capsys):
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "out", source, save_interval=2))
+    operations = tiny_config().train_flops_per_token(32) * 6 * 8 * 32
+    assert re.search(r"^steps 0 to 6 of 256 tokens on 1 x cpu \(alone, float32\): 1,536 tokens, "
+                     rf"{operations:.2g} operations, 3 checkpoints of 0\.00 GB, [\d,]+ GB free$".replace("+0", r"\+0"),
+                     capsys.readouterr().out, re.M)
+
+
+def test_a_run_that_prunes_nothing_or_too_briefly_is_told(tmp_path, data_dir, source, capsys):
+    with pytest.raises(UserError, match=r"nothing to prune: .*--pruning_modules='\(\)'"):
+        prune.main(prune_settings(data_dir, tmp_path / "out", source, **dict.fromkeys(TARGET)))
+    prune.main(prune_settings(data_dir, tmp_path / "out", source, max_steps=1, lagrangian_warmup_steps=5))
+    out = capsys.readouterr().out
+    assert "warning: the run ends at step 1, before its target sparsity is reached at step 5" in out
+    assert re.search(r"^hidden: expected sparsity 0\.0\d+, the target's 0\.3750; 0 near-dead", out, re.M)
+
+
+def test_plan_is_a_flag_of_both_stages(source):
+    done = run_script("pretrain.py", *flags(pretrain_settings("nowhere", "nowhere", source, plan=1)))
+    assert done.returncode == 0 and "GB on each device" in done.stdout, done.stderr
