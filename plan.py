@@ -148,7 +148,7 @@ def checkpoint_bytes(shape: ModelConfig, sets: dict) -> int:
 
 
 def checkpoints(cfg: TrainSettings, first: int) -> int:
-    """The most that a run from step `first` has on the disk at once of those that it writes; with keep_every maybe one less."""
+    """The most that a run from step `first` has on the disk at once of those that it writes (at most one too many)."""
     last = cfg.max_steps // cfg.save_interval * cfg.save_interval
     steps = [*range((first // cfg.save_interval + 1) * cfg.save_interval, last + 1, cfg.save_interval)]
     steps += [cfg.max_steps] if cfg.max_steps > max(last, first) else []

@@ -126,7 +126,7 @@ def test_the_size_of_a_checkpoint(pruned):
     target = dataclasses.replace(tiny_config(), **{k.removeprefix("target_"): v for k, v in TARGET.items()})
     planned = checkpoint_bytes(tiny_config(), mask_sets(tiny_config(), target))
     real = sum((pruned / "step_0000006" / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer", "masks"))
-    headers = 150 * 4 * len(list(Transformer(tiny_config()).parameters()))  # JSON, about 150 bytes a tensor
+    headers = 160 * 4 * len(list(Transformer(tiny_config()).parameters()))  # JSON, some 150 bytes a tensor
     assert planned <= real <= planned + headers
 
 
