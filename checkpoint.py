@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,9 +35,15 @@ DTYPE_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 def read_model_config(folder: str | Path, config_class: type, name: str = "model_config.json"):
     """The ModelConfig of a model folder, or a prune.py checkpoint's "target_config.json".  Raises UserError."""
     path = Path(folder) / name
-    check(Path(folder).is_dir(), f"model folder {folder} does not exist")
-    check(path.is_file(), f"{folder} has no {name}, so it is none of our model folders; "
-          "convert.py makes one from a Hugging Face checkpoint")
+    check(os.path.isdir(folder), f"model folder {folder} " + ("is a file" if os.path.exists(folder) else "does not exist"))
+    if not path.is_file():
+        newest, theirs = latest_checkpoint(folder), Path(folder) / "config.json"
+        hint = "convert.py makes one from a Hugging Face checkpoint"
+        if newest is not None:
+            hint = f"it is a run's; did you mean {newest}?"
+        elif theirs.is_file() and '"model_type"' in theirs.read_text(errors="replace"):
+            hint = f"it is a Hugging Face folder; convert it first: convert.py --from_hf={folder} --out_dir=..."
+        raise UserError(f"{folder} has no {name}, so it is none of our model folders; {hint}")
     try:
         return config_class.from_json(path.read_text())
     except ValueError as error:
@@ -53,18 +59,25 @@ def tensor_names(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def check_names(where: str | Path, got: Set[str], want: Set[str]) -> None:
+    """Raises UserError unless a file holds exactly the tensors that it should."""
+    missing, unexpected = sorted(want - got), sorted(got - want)
+    check(not missing and not unexpected, f"{where}: missing tensors {missing[:3]} ({len(missing)}), "
+          f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+
+
 def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file, one at a time: (name, tensor).  Names and shapes must be exactly `shapes`."""
     check(path.is_file(), f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            got = set(file.keys())
-            missing, unexpected = sorted(shapes.keys() - got), sorted(got - shapes.keys())
-            check(not missing and not unexpected, f"{path}: missing tensors {missing[:3]} ({len(missing)}), "
-                  f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+            check_names(path, set(file.keys()), shapes.keys())
             for name in shapes:
-                shape = tuple(file.get_slice(name).get_shape())
+                part = file.get_slice(name)
+                shape, code = tuple(part.get_shape()), part.get_dtype()
                 check(shape == tuple(shapes[name]), f"{path}: {name} has shape {shape}, not {tuple(shapes[name])}")
+                check(code in DTYPE_CODES.values(), f"{path}: {name} holds {code} numbers, not "
+                      f"{', '.join(DTYPE_CODES.values())}")
             for name in shapes:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:

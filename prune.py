@@ -27,11 +27,13 @@ from l0 import L0, expected_params, mask_sets, prob_open
 from model import ModelConfig, Transformer
 from runtime import (Metrics, Processes, RunState, announce_exhausted, average_gradients, clip_and_step, lr_factor,
                      make_optimizer, no_sync, shard, start_processes, wrap)
-from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
+from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
 
 
 @dataclass(frozen=True)
 class PruneSettings(TrainSettings):
+    split: str = "prune"  # which of prepare.py's splits to train on
+
     target_hidden_size: int | None = None  # d of the target; None: the source's
     target_n_layers: int | None = None  # L of the target; None: the source's
     target_n_heads: int | None = None  # H, query heads of the target; None: the source's
@@ -113,6 +115,7 @@ def main(cfg: PruneSettings) -> None:
         sets = mask_sets(source, target, cfg.pruning_modules)
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
+        check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
         state, checkpoint, assets = start_run(cfg, data, is_main=processes.rank == 0)
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)

@@ -105,7 +105,7 @@ TARGET = dict(target_hidden_size=20, target_n_layers=3, target_n_heads=1, target
 
 def prune_settings(data_dir: Path, out_dir: Path, source: Path, **changes) -> prune.PruneSettings:
     return prune.PruneSettings(**(dict(data_dir=str(data_dir), out_dir=str(out_dir), init_from=str(source),
-                                       lagrangian_warmup_steps=2) | SHORT | TARGET | changes))
+                                       split="train", lagrangian_warmup_steps=2) | SHORT | TARGET | changes))
 
 
 def pretrain_settings(data_dir: Path, out_dir: Path, source: Path, **changes) -> pretrain.PretrainSettings:
