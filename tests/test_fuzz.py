@@ -39,7 +39,8 @@ HANG, MEMORY = 20, 1_000_000  # seconds for one input; kB that the process may g
 SIZES = (0, 1, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
 ODD = (None, True, -1, 0, 1, 3, *SIZES, 10**400, 0.5, 1e308, 1e-320, -1e308, math.nan, math.inf, "", "x", "a\0b", "a\nb",
        "\ud800", "../x", "x" * 5000, [], {}, [[]], [1], {"a": 1}, "@deep", "@digits")
-RAW = {'"@deep"': "[" * 200_000 + "]" * 200_000, '"@digits"': "1" * 6000}
+DEEP = b"[" * 200_000 + b"]" * 200_000
+RAW = {'"@deep"': DEEP.decode(), '"@digits"': "1" * 6000}
 
 
 @dataclass
@@ -272,6 +273,40 @@ READERS = {
     "Hugging Face index": lambda p: hugging_face(p, "model.safetensors.index.json"),
     "carried config": to_hugging_face, "GGUF": gguf_file,
 }
+
+
+def patched(data: bytes, after: bytes, skip: int, number: int) -> bytes:
+    """With another 64-bit number so many bytes behind a text."""
+    at = data.index(after) + len(after) + skip
+    return data[:at] + struct.pack("<Q", number) + data[at + 8:]
+
+
+# What broke a reader once.  Of files with JSON, a dict is merged into it; a function changes the bytes.
+BROKE = {
+    "config file": [{"learning_rate": 10**400}],
+    "flags": [lambda data: b"x" * 300, lambda data: b"x" * 300 + b".py"],
+    "index": [lambda data: DEEP],
+    "model config": [lambda data: DEEP, {"n_layers": 2**31 - 1}, {"hidden_size": 2**62}, {"vocab_size": 2**64},
+                     {"intermediate_size": 2**62}, {"norm_eps": 10**400}, {"rope_scaling": {"rope_type": []}}],
+    "state": [lambda data: DEEP],
+    "Hugging Face config": [lambda data: DEEP, {"num_hidden_layers": 2**31 - 1}, {"model_type": []}, {"hidden_size": 2**62}],
+    "Hugging Face index": [lambda data: DEEP, {"weight_map": {"a": None, "b": "c"}}, {"weight_map": {"a": "x" * 300}}],
+    "carried config": [lambda data: DEEP, lambda data: b"3"],
+    "GGUF": [lambda data: patched(data, b"GGUF", 4, 2**62),  # tensors; read for ever
+             lambda data: patched(data, b"tokenizer.ggml.tokens", 8, 2**62),  # likewise
+             lambda data: patched(data, b"tokenizer.ggml.bos_token_id", 4, 9999),
+             lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_q_weight"),
+             lambda data: data.replace(b"blk.0.ffn_up.weight", b"blk.ffn_0_up_weight")],
+}
+
+
+@pytest.mark.parametrize("name, n", [(name, n) for name in BROKE for n in range(len(BROKE[name]))])
+def test_what_broke_a_reader_once(name, n, tmp_path, quick):
+    reader, damage = READERS[name](tmp_path), BROKE[name][n]
+    data = damage(reader.valid) if callable(damage) else reader.pack(reader.dumps(reader.unpack(reader.valid) | damage))
+    assert data != reader.valid and not try_one(reader, data)
+    with pytest.raises((UserError, ValueError)):
+        reader.read(data)
 
 
 # ---- the property

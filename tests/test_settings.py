@@ -97,7 +97,7 @@ def test_unknown_names_in_files_name_the_file(tmp_path):
 def test_wrong_types_are_refused(flag, kind):
     name, value = flag.removeprefix("--").split("=")
     message = refused(flag)
-    assert message.startswith(f"{name} = ") and value.strip("'") in message and message.endswith(f"is not {kind}")
+    assert message.startswith(f"{name} = ") and value.strip("'") in message and f"is not {kind}" in message
 
 
 @pytest.mark.parametrize("text, kind", [
