@@ -404,7 +404,7 @@ def check_same_work(cfg: PrepareSettings, domains: dict[str, list[Path]]) -> Non
         fresh = not tokens and list(out_dir.glob("prepare*.json")) == [record]
         check(not odd or fresh, f"out_dir = {out_dir} was begun with other settings or files: {', '.join(odd[:3])}"
               + ", ..." * (len(odd) > 3) + "; choose another, or remove it")
-        if odd:
+        if odd and not Path(cfg.tokenizer).resolve().is_relative_to((out_dir / "tokenizer").resolve()):
             shutil.rmtree(out_dir / "tokenizer", ignore_errors=True)
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, work)

@@ -275,10 +275,10 @@ READERS = {
 }
 
 
-def patched(data: bytes, after: bytes, skip: int, number: int) -> bytes:
-    """With another 64-bit number so many bytes behind a text."""
+def patched(data: bytes, after: bytes, skip: int, number: bytes) -> bytes:
+    """With another number so many bytes behind a text."""
     at = data.index(after) + len(after) + skip
-    return data[:at] + struct.pack("<Q", number) + data[at + 8:]
+    return data[:at] + number + data[at + len(number):]
 
 
 # What broke a reader once.  Of files with JSON, a dict is merged into it; a function changes the bytes.
@@ -290,12 +290,11 @@ BROKE = {
                      {"intermediate_size": 2**62}, {"norm_eps": 10**400}, {"rope_scaling": {"rope_type": []}}],
     "state": [lambda data: DEEP],
     "Hugging Face config": [lambda data: DEEP, {"num_hidden_layers": 2**31 - 1}, {"model_type": []}, {"hidden_size": 2**62}],
-    "Hugging Face index": [lambda data: DEEP, {"weight_map": {"a": None, "b": "c"}}, {"weight_map": {"a": "x" * 300}}],
+    "Hugging Face index": [lambda data: DEEP, {"weight_map": {"a": None, "b": "c"}}],
     "carried config": [lambda data: DEEP, lambda data: b"3"],
-    "GGUF": [lambda data: patched(data, b"GGUF", 4, 2**62),  # tensors; read for ever
-             lambda data: patched(data, b"tokenizer.ggml.tokens", 8, 2**62),  # likewise
-             lambda data: patched(data, b"tokenizer.ggml.bos_token_id", 4, 9999),
-             lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_q_weight"),
+    "GGUF": [lambda data: patched(data, b"tokenizer.ggml.token_type", 4, struct.pack("<IQ", 0, 2**62)),  # no end
+             lambda data: patched(data, b"tokenizer.ggml.bos_token_id", 4, struct.pack("<I", 9999)),
+             lambda data: patched(data, b"llama.attention.head_count_kv", 4, struct.pack("<I", 0)),
              lambda data: data.replace(b"blk.0.ffn_up.weight", b"blk.ffn_0_up_weight")],
 }
 
