@@ -49,6 +49,7 @@ def test_flags_come_before_files_and_later_files_before_earlier(tmp_path):
 def test_stages_have_defaults_of_their_own():
     prune, pre = parse(), parse_args(PretrainSettings, [*NEEDED, "--update=constant"])
     assert (prune.max_steps, prune.global_batch_size, prune.eval_interval) == (3200, 32, 50)
+    assert (prune.split, pre.split) == ("prune", "train")
     assert (pre.max_steps, pre.global_batch_size, pre.eval_interval) == (48000, 256, 400)
 
 
