@@ -17,7 +17,8 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import RunData, sha256
 from runtime import Processes, RunState
-from settings import TrainSettings, UserError, by_domain, check, check_same_domains, read_json, user_errors
+from settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
 from tokenizer import load_tokenizer
 
 FIXED = ("seed", "seq_len", "split", "count", "pruning_modules", "domain_weights", "reference_loss")  # through a resume
@@ -40,9 +41,15 @@ DTYPE_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 def read_model_config(folder: str | Path, config_class: type, name: str = "model_config.json"):
     """The ModelConfig of a model folder, or a prune.py checkpoint's "target_config.json".  Raises UserError."""
     path = Path(folder) / name
-    check(Path(folder).is_dir(), f"model folder {folder} does not exist")
-    check(path.is_file(), f"{folder} has no {name}, so it is none of our model folders; "
-          "convert.py makes one from a Hugging Face checkpoint")
+    check(os.path.isdir(folder), f"model folder {folder} " + ("is a file" if os.path.exists(folder) else "does not exist"))
+    if not path.is_file():
+        newest, theirs = latest_checkpoint(folder), Path(folder) / "config.json"
+        hint = "convert.py makes one from a Hugging Face checkpoint"
+        if newest is not None:
+            hint = f"it is a run's; did you mean {newest}?"
+        elif theirs.is_file() and '"model_type"' in theirs.read_text(errors="replace"):
+            hint = f"it is a Hugging Face folder; convert it first: convert.py --from_hf={folder} --out_dir=..."
+        raise UserError(f"{folder} has no {name}, so it is none of our model folders; {hint}")
     try:
         return config_class.from_json(path.read_text())
     except ValueError as error:
@@ -58,18 +65,25 @@ def tensor_names(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def check_names(where: str | Path, got: Set[str], want: Set[str]) -> None:
+    """Raises UserError unless a file holds exactly the tensors that it should."""
+    missing, unexpected = sorted(want - got), sorted(got - want)
+    check(not missing and not unexpected, f"{where}: missing tensors {missing[:3]} ({len(missing)}), "
+          f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+
+
 def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file, one at a time: (name, tensor).  Names and shapes must be exactly `shapes`."""
     check(path.is_file(), f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            got = set(file.keys())
-            missing, unexpected = sorted(shapes.keys() - got), sorted(got - shapes.keys())
-            check(not missing and not unexpected, f"{path}: missing tensors {missing[:3]} ({len(missing)}), "
-                  f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+            check_names(path, set(file.keys()), shapes.keys())
             for name in shapes:
-                shape = tuple(file.get_slice(name).get_shape())
+                part = file.get_slice(name)
+                shape, code = tuple(part.get_shape()), part.get_dtype()
                 check(shape == tuple(shapes[name]), f"{path}: {name} has shape {shape}, not {tuple(shapes[name])}")
+                check(code in DTYPE_CODES.values(), f"{path}: {name} holds {code} numbers, not "
+                      f"{', '.join(DTYPE_CODES.values())}")
             for name in shapes:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
@@ -267,7 +281,8 @@ def check_whole(folder: str | Path) -> None:
     """Raises UserError if `folder` is a checkpoint and damaged."""
     if folder and (Path(folder) / "manifest.json").exists():
         wrong = damage(Path(folder))
-        check(wrong == "", f"{folder} is damaged: {wrong}; take an earlier checkpoint")
+        check(wrong == "", f"{folder} is damaged: {wrong}; take an earlier checkpoint, or remove manifest.json "
+              "if you changed it yourself")
 
 
 def save_masks(out_dir: str | Path, masks: nn.Module, step: int) -> None:
@@ -376,6 +391,7 @@ def resumed_state(cfg: TrainSettings, data: RunData, folder: Path) -> RunState:
     check(sorted(state.domain_weights) == sorted(data.domains), f"{folder} was trained on the domains "
           f"{', '.join(state.domain_weights)}, not on {', '.join(data.domains)}")
     before, now = read_json(folder.parent / "config.json"), json.loads(json.dumps(dataclasses.asdict(cfg)))
+    check(isinstance(before, dict), f"{folder.parent / 'config.json'} is not a JSON object; it must hold the run's settings")
     odd = [n for n in now if (n in FIXED or n.startswith("target_")) and now[n] != before.get(n)]
     check(not odd, f"{folder.parent} was begun with other {', '.join(odd)} (see config.json); a resumed run must keep them")
     check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
@@ -397,7 +413,11 @@ def carried_assets(cfg: TrainSettings, data: RunData) -> list[Path]:
 
 def read_state(folder: Path) -> RunState:
     """state.json of a checkpoint.  Raises UserError."""
+    values, hints = read_json(folder / "state.json"), typing.get_type_hints(RunState)
     try:
-        return RunState(**read_json(folder / "state.json"))
-    except TypeError as error:
-        raise UserError(f"{folder / 'state.json'} is not a state of this version: {error}") from None
+        state = RunState(**{name: conform(value, hints[name]) for name, value in values.items()})
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{folder / 'state.json'} is not a state of this version: {values}") from None
+    check(state.cursors.keys() == state.domain_weights.keys() and state.step >= 0 <= min(state.cursors.values(), default=0),
+          f"{folder / 'state.json'}: cursors and domain_weights do not fit together: {values}")
+    return state

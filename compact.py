@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import check_whole, latest_checkpoint, load_weights, new_folder, read_model_config, tensor_names, write_model
+from checkpoint import (check_whole, latest_checkpoint, load_weights, new_folder, read_model_config, read_state,
+                        tensor_names, write_model)
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, layer_masks
-from settings import check, read_json, run_stage, user_errors
+from settings import check, run_stage, user_errors
 
 TOLERANCE = 1e-4  # of the logits' largest magnitude: what fp32 rounding may do to them
 
@@ -153,10 +154,12 @@ def report(masks: dict[str, Tensor], undecided: dict[str, tuple[int, int]], cfg:
 
 def main(cfg: CompactSettings) -> None:
     folder = Path(cfg.checkpoint)
+    check(folder.is_dir(), f"checkpoint = {folder} does not exist")
     folder = latest_checkpoint(folder) or folder
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
     check((folder / "masks.safetensors").is_file(), f"{folder} is no checkpoint of prune.py: it has no masks.safetensors")
     check_whole(folder)
+    state = read_state(folder)
     source = read_model_config(folder, ModelConfig)
     target = read_model_config(folder, ModelConfig, "target_config.json")
     names = tensor_names(folder / "masks.safetensors")
@@ -184,9 +187,8 @@ def main(cfg: CompactSettings) -> None:
           "or weights of a size that fp32 cannot hold; nothing was written")
     with new_folder(cfg.out_dir) as temporary:
         write_model(temporary, weights, shape, [folder / "assets"])
-        state = read_json(folder / "state.json")
         for name in ("domain_weights", "reference_loss"):
-            (temporary / f"{name}.json").write_text(json.dumps(state[name], indent=2) + "\n")
+            (temporary / f"{name}.json").write_text(json.dumps(getattr(state, name), indent=2) + "\n")
     print(f"wrote {cfg.out_dir}, with domain_weights.json and reference_loss.json as pruning ended with them")
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPE_CODES, check_whole, load_weights, new_folder, read_model_config, write_tensors
+from checkpoint import DTYPE_CODES, check_names, check_whole, load_weights, new_folder, read_model_config, write_tensors
 from model import ModelConfig, Transformer
 from settings import UserError, check, read_json, require, run_stage
 from tokenizer import load_tokenizer
@@ -104,9 +104,7 @@ def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch
     """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(cfg).named_parameters()}
-    missing, unexpected = sorted(shapes.keys() - loaders.keys()), sorted(loaders.keys() - shapes.keys())
-    check(not missing and not unexpected, f"{source}: missing tensors {missing[:3]} ({len(missing)}), "
-          f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
+    check_names(source, loaders.keys(), shapes.keys())
     nbytes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = [[]]
     for name in shapes:
@@ -151,7 +149,7 @@ def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 def config_from_hf(hf: dict, source: Path) -> ModelConfig:
     """The shape that a config.json describes.  Raises UserError on what our model does not compute."""
     kind = hf.get("model_type")
-    check(kind in CLASSES, f"{source}: model_type = {kind!r} is not one of {', '.join(CLASSES)}")
+    check(isinstance(kind, str) and kind in CLASSES, f"{source}: model_type = {kind!r} is not one of {', '.join(CLASSES)}")
     # transformers 5 writes rope_parameters; 4 rope_theta and rope_scaling, and its older versions type for rope_type.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     check(isinstance(rope, dict), f"{source}: the rotary parameters {rope!r} are not an object")
@@ -213,15 +211,17 @@ def gguf_to_hf(meta: dict, loaders: Loaders, source: Path) -> dict:
     architecture = meta.get("general.architecture")
     check(architecture == "llama", f"{source}: architecture = {architecture!r} is not supported, only 'llama'")
     hf = {name: meta[f"llama.{key}"] for key, name in GGUF_CONFIG.items() if f"llama.{key}" in meta}
+    check(all(isinstance(v, (int, float)) for v in hf.values()), f"{source}: a size is not one number for all layers: {hf}")
     hf = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in hf.items()}  # float32 1e-5 is 9.9999997e-6
-    sizes = {meta[f"llama.{k}"] for k, name in GGUF_CONFIG.items() if name == "head_dim" and f"llama.{k}" in meta}
-    check(len(sizes) < 2, f"{source}: rotary dimension, key length and value length are not equal: {sorted(sizes)}")
+    sizes = {str(meta[f"llama.{k}"]) for k, name in GGUF_CONFIG.items() if name == "head_dim" and f"llama.{k}" in meta}
+    check(len(sizes) < 2, f"{source}: rotary dimension, key and value length are not equal: {', '.join(sorted(sizes))}")
     kind = meta.get("llama.rope.scaling.type", "none")
     if kind != "none":
         hf["rope_scaling"] = {"rope_type": kind, "factor": meta.get("llama.rope.scaling.factor")}
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     hf |= {name: meta[k] for name, key in ids.items() if (k := f"tokenizer.ggml.{key}_token_id") in meta}
-    vocab_size = meta.get("llama.vocab_size") or len(meta.get("tokenizer.ggml.tokens", ())) or None
+    tokens = meta.get("tokenizer.ggml.tokens")
+    vocab_size = meta.get("llama.vocab_size") or (len(tokens) if isinstance(tokens, list) else None)
     return hf | {"model_type": "llama", "vocab_size": vocab_size, "tie_word_embeddings": "lm_head.weight" not in loaders,
                  "attention_bias": "model.layers.0.self_attn.q_proj.bias" in loaders}
 
@@ -253,8 +253,8 @@ def tokenizer_from_gguf(meta: dict, folder: Path) -> str:
     from tokenizers import decoders, pre_tokenizers
 
     tokens = get("tokens")
-    split = [pre_tokenizers.Digits(individual_digits=True)] if get("pre") == "smollm" else []
-    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    split = [pre_tokenizers.Digits(individual_digits=True)] * (get("pre") == "smollm")
+    split += [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     names = {name: tokens[i] for name, key in keys.items() if (i := get(f"{key}_token_id")) is not None}
     names |= {"chat_template": get("chat_template")} if get("chat_template") else {}
@@ -319,9 +319,10 @@ def from_hf(settings: ConvertSettings, folder: Path) -> None:
     files = [single.name]
     if not single.is_file():
         places = read_json(index)
-        check(isinstance(places, dict) and isinstance(places.get("weight_map"), dict), f"{index} has no weight_map")
-        files = sorted(set(places["weight_map"].values()))
-    missing = [file for file in files if not (source / file).is_file()]
+        places = places.get("weight_map") if isinstance(places, dict) else None
+        check(isinstance(places, dict) and {*map(type, places.values())} == {str}, f"{index} has no weight_map to files")
+        files = sorted(set(places.values()))
+    missing = sorted(set(files) - {path.name for path in source.iterdir()})
     check(not missing, f"{source} lacks the shards {', '.join(missing)} that {index.name} names")
     loaders, dtype = open_safetensors([source / file for file in files])
     if cfg.tie_embeddings and "lm_head.weight" in loaders and "model.embed_tokens.weight" in loaders:
@@ -339,28 +340,32 @@ def from_gguf(settings: ConvertSettings, folder: Path) -> None:
     check(path.is_file(), f"from_gguf = {path} does not exist")
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *args, **kwargs):
+            found = super()._get(offset, dtype, count, *args, **kwargs)
+            require(len(found) == count, "it ends too early")  # where the package's own reader goes on, perhaps for ever
+            return found
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as GGUF: {error}") from None
 
     def load(tensor: gguf.ReaderTensor, n_heads: int | None) -> Tensor:
         try:
             values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        except NotImplementedError as error:
+            # The rotary embedding of GGUF turns neighbouring rows of a head, (h/2, 2); ours the two halves, (2, h/2).
+            return values if n_heads is None else values.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: {tensor.name}: {error}") from None
-        if n_heads is None:
-            return values
-        # The rotary embedding of GGUF turns neighbouring rows of a head, (h/2, 2); ours the two halves, (2, h/2).
-        return values.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
     heads = {"attn_q": meta.get("llama.attention.head_count")}
     heads["attn_k"] = meta.get("llama.attention.head_count_kv", heads["attn_q"])
     loaders = {}
     for tensor in reader.tensors:
         name, parts = GGUF_TOP.get(tensor.name, tensor.name), tensor.name.split(".")
-        if parts[0] == "blk" and parts[2] in GGUF_LAYER:
+        if parts[0] == "blk" and len(parts) == 4 and parts[2] in GGUF_LAYER:
             name = f"model.layers.{parts[1]}.{GGUF_LAYER[parts[2]]}.{parts[3]}"
         loaders[name] = functools.partial(load, tensor, heads.get(parts[2]) if len(parts) > 2 else None)
     hf = gguf_to_hf(meta, loaders, path)
@@ -369,7 +374,11 @@ def from_gguf(settings: ConvertSettings, folder: Path) -> None:
     (folder / "model_config.json").write_text(cfg.to_json())
     (folder / "assets").mkdir()
     write_json(folder / "assets" / "config.json", config_to_hf(cfg, hf, torch.float32))
-    if why_not := tokenizer_from_gguf(meta, folder / "assets"):
+    try:
+        why_not = tokenizer_from_gguf(meta, folder / "assets")
+    except Exception as error:  # lists that are none or do not fit together; tokenizers' own errors are no more than that
+        raise UserError(f"{path}: its tokenizer is damaged: {type(error).__name__}: {error}") from None
+    if why_not:
         print(f"no tokenizer written: {why_not}; put the model's tokenizer files into {settings.out_dir}/assets")
 
 
@@ -379,14 +388,15 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
     cfg = read_model_config(source, ModelConfig)
     check(not (source / "masks.safetensors").exists(), f"{source} holds masks, and no Hugging Face model has any; "
           "run compact.py first")
-    check((source / "model.safetensors").is_file(), f"{source} has no model.safetensors")
     check_whole(source)
+    check((source / "model.safetensors").is_file(), f"{source} has no model.safetensors")
     loaders, dtype = open_safetensors([source / "model.safetensors"])
     dtype = getattr(torch, settings.dtype, dtype)  # "source" is no name of torch's
     write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
     copy_files(source / "assets", folder, ("*",))
     path, unknown = folder / "config.json", {"bos_token_id": None, "eos_token_id": None}  # or transformers takes 1 and 2
     carried = read_json(path) if path.is_file() else unknown
+    check(isinstance(carried, dict), f"{source / 'assets' / path.name} is not a JSON object; mend or remove it")
     bare = not (folder / "tokenizer_config.json").is_file()
     if bare and (folder / "tokenizer.json").is_file():
         write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)

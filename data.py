@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,14 @@ def read_index(path: Path) -> dict:
     """One JSON index of prepare.py.  Raises ValueError, naming the file, if it is not one."""
     try:
         index = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(index, dict) or any(type(index.get(k)) is not t for k, t in INDEX_KEYS.items()):
         raise ValueError(f"{path} is no index of prepare.py: it must have {', '.join(INDEX_KEYS)}")
-    if index["format"] != 1 or index["dtype"] not in ("uint16", "uint32") or index["n_tokens"] < 0:
-        raise ValueError(f"{path}: format {index['format']}, dtype {index['dtype']}, n_tokens {index['n_tokens']}: "
-                         "expected 1, uint16 or uint32, not negative")
+    least = min(index["n_tokens"], index["vocab_size"] - 1)
+    if index["format"] != 1 or index["dtype"] not in ("uint16", "uint32") or least < 0:
+        raise ValueError(f"{path}: format {index['format']}, dtype {index['dtype']}, n_tokens {index['n_tokens']}, "
+                         f"vocab_size {index['vocab_size']}: expected 1, uint16 or uint32, not negative, above 0")
     return index
 
 
@@ -71,11 +73,13 @@ def open_split(data_dir: str | Path, domain: str, split: str, seq_len: int) -> S
     if not folder.is_dir():
         there = sorted(p.name for p in Path(data_dir).glob("*") if any(p.glob("*.bin")))
         raise ValueError(f"no domain {domain!r} in {data_dir}; there: {', '.join(there) or 'none'}")
-    whole, shards = folder / f"{split}.json", sorted(folder.glob(f"{split}-?????-of-?????.json"))
+    whole, shards = folder / f"{split}.json", sorted(folder.glob(f"{split}-*-of-*.json"))
     if whole.exists() and shards:
         raise ValueError(f"{folder} has both {whole.name} and shards of it; remove one kind")
     paths = [whole] if not shards else shards
     if shards:
+        if odd := [p.name for p in shards if not re.fullmatch(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}", p.stem)]:
+            raise ValueError(f"{folder / odd[0]} is no name of a shard, as {split}-00000-of-00002.json is; remove it")
         n = int(shards[0].stem[-5:])
         want = [folder / f"{split}-{i:05d}-of-{n:05d}.json" for i in range(n)]
         if want != shards:

@@ -71,6 +71,9 @@ def mask_sets(source, target, modules: tuple[str, ...] | None = None) -> dict[st
         if a[letter] != b[letter] and not set(covers[letter]) & set(sets):
             raise ValueError(f"the target's {letter} = {b[letter]} differs from the source's {a[letter]}, but "
                              f"pruning_modules lacks {' or '.join(covers[letter])}")
+    if a["L"] != b["L"] and "layer" not in sets and not {"head_layer", "mlp"} <= sets.keys():
+        raise ValueError(f"the target has {b['L']} layers, the source {a['L']}: a layer is closed by `layer`, or by both "
+                         "`head_layer` and `mlp`, but pruning_modules has only one of the two")
     return sets
 
 

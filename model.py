@@ -11,6 +11,7 @@ it is cheaper: a weight is smaller than its activations as soon as a micro-batch
 """
 
 import dataclasses
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MAX_LAYERS, MAX_PARAMS = 1000, 10**14  # more is a damaged file's, and would take for ever to build
 LOSS_CHUNK = 512  # rows of logits alive at a time in the loss: 512 x V floats instead of B*T x V
 
 
@@ -45,12 +47,15 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} = {value!r} is not a whole number of at least 1")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            if field.type is int and (type(value) is not int or not 1 <= value < 2**31):
+                raise ValueError(f"{field.name} = {value!r} is not a whole number of at least 1 and below 2**31")
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e30):
                 raise ValueError(f"{field.name} = {value!r} is not a number above 0")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} = {value!r} is not true or false")
+        if self.n_layers > MAX_LAYERS or self.n_params() > MAX_PARAMS:
+            raise ValueError(f"n_layers = {self.n_layers}, {self.n_params():.3g} parameters: more than "
+                             f"{MAX_LAYERS} layers or {MAX_PARAMS:.0e} parameters are refused")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} does not divide by n_kv_heads = {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -61,20 +66,39 @@ class ModelConfig:
             kind = self.rope_scaling.get("rope_type")
             needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
                                                        "original_max_position_embeddings"]}
-            if kind not in needed:
+            if not isinstance(kind, str) or kind not in needed:
                 raise ValueError(f'rope_scaling rope_type = {kind!r} is not one of "linear", "llama3"')
-            if missing := [k for k in needed[kind] if type(v := self.rope_scaling.get(k)) not in (int, float) or not v > 0]:
+            if missing := [k for k in needed[kind] if type(v := self.rope_scaling.get(k)) not in (int, float)
+                           or not 0 < v < 1e30]:
                 raise ValueError(f"rope_scaling of type {kind} lacks a number above 0 for {', '.join(missing)}")
+            if kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+                raise ValueError("rope_scaling of type llama3 has a low_freq_factor that is not below high_freq_factor")
+            if unknown := sorted(self.rope_scaling.keys() - {"rope_type", *needed["llama3"]}):
+                raise ValueError(f"rope_scaling has {unknown[0]!r}, which means nothing here")
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
         """Read what `to_json` wrote.  Raises ValueError on a missing, unknown or unsuitable field."""
-        values = json.loads(text)
-        known = {f.name for f in dataclasses.fields(cls)}
-        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        if not isinstance(values, dict) or not required <= values.keys() <= known:
-            got = set(values) if isinstance(values, dict) else set()
-            raise ValueError(f"missing {sorted(required - got)}, unknown {sorted(got - known)}")
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError("lists or objects are nested too deeply") from None
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
+        """The config of these fields.  Raises ValueError on a missing, unknown or unsuitable field."""
+        fields = dataclasses.fields(cls)
+        known = [f.name for f in fields]
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+        unknown = [name for name in values if name not in known]
+        if missing or unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+            raise ValueError("; ".join([f"no value for {', '.join(missing)}"] * bool(missing)
+                                       + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+                                       + [f"did you mean {name}?" for name in near]))
         return cls(**values)
 
     def to_json(self) -> str:

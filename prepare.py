@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import threading
 import time
 import zlib
@@ -366,7 +367,9 @@ def train_sentencepiece(lines: Iterator[str], size: int) -> bytes:
             split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, max_sentence_length=100_000, minloglevel=2)
     except RuntimeError as error:
-        raise UserError(f"a tokenizer of {size} pieces cannot be trained on this text: {str(error)[-200:]}") from None
+        found = re.search(r"<= (\d+)", str(error))
+        why = f"lower --train_tokenizer to at most {found[1]}" if found else " ".join(str(error).split())[-200:]
+        raise UserError(f"a tokenizer of {size} pieces cannot be trained on this text; {why}") from None
     return model.getvalue()
 
 
@@ -386,16 +389,23 @@ def get_tokenizer(cfg: PrepareSettings, domains: dict[str, list[Path]]) -> Token
 
 
 def check_same_work(cfg: PrepareSettings, domains: dict[str, list[Path]]) -> None:
-    """out_dir is new, or was begun with the same settings, tokenizer and input.  Raises UserError."""
-    record = Path(cfg.out_dir) / f"prepare{cfg.suffix()}.json"
+    """out_dir is new, or begun with the same settings, tokenizer and input, or without a token yet.  Raises UserError."""
+    out_dir = Path(cfg.out_dir)
+    record = out_dir / f"prepare{cfg.suffix()}.json"
     work = {name: getattr(cfg, name) for name in ("input_dir", "tokenizer", "train_tokenizer", "train_mb", "text_field",
                                                   "eval_fraction", "prune_fraction")}
     work["fingerprint"] = load_tokenizer(cfg.tokenizer).fingerprint if cfg.tokenizer else ""  # a mistyped name ends here
-    work["files"] = {str(p): p.stat().st_size for paths in domains.values() for p in paths}
+    work |= {f"file {p}": p.stat().st_size for paths in domains.values() for p in paths}  # bytes
     if record.exists():
         old = read_json(record)
-        odd = [name for name in work if work[name] != old.get(name)]
-        check(not odd, f"out_dir = {cfg.out_dir} was begun with other {', '.join(odd)}; choose another, or remove it")
+        check(isinstance(old, dict), f"{record} is not a JSON object; remove {out_dir} to start anew")
+        odd = [f"{n} (was {old.get(n)!r}, is {work.get(n)!r})" for n in {**work, **old} if work.get(n) != old.get(n)]
+        tokens = any(path.stat().st_size for path in out_dir.glob("*/*.bin*"))
+        fresh = not tokens and list(out_dir.glob("prepare*.json")) == [record]
+        check(not odd or fresh, f"out_dir = {out_dir} was begun with other settings or files: {', '.join(odd[:3])}"
+              + ", ..." * (len(odd) > 3) + "; choose another, or remove it")
+        if odd and not Path(cfg.tokenizer).resolve().is_relative_to((out_dir / "tokenizer").resolve()):
+            shutil.rmtree(out_dir / "tokenizer", ignore_errors=True)
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, work)
 

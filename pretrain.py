@@ -6,6 +6,7 @@
 The loop is prune.py's without masks; tests/test_training.py holds the two to the same weights.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from model import ModelConfig, Transformer, init_weights
 from plan import preflight, report
 from runtime import (Metrics, Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync,
                      shard, start_processes, used_up, wrap)
-from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
+from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class PretrainSettings(TrainSettings):
         super().__post_init__()
         require((self.init_from == "") != (self.shape is None), "give either init_from, a model folder, or shape, for fresh "
                 f"weights; init_from = {self.init_from!r}, shape = {self.shape}")
+        files = {name: os.path.join(self.init_from, f"{name}.json") for name in ("reference_loss", "domain_weights")}
+        here = " ".join(f"--{name}={path}" for name, path in files.items() if self.init_from and os.path.isfile(path))
         require(self.update == "constant" or self.reference_loss != "", "update = doremi needs reference_loss: what the "
-                "losses should come down to (reference_loss.py computes it); or take --update=constant")
+                "losses should come down to (" + (f"here: {here}" if here else "reference_loss.py computes it")
+                + "); or take --update=constant")
 
 
 def model_config(cfg: PretrainSettings) -> ModelConfig:
@@ -46,8 +50,8 @@ def model_config(cfg: PretrainSettings) -> ModelConfig:
               "would be lost; run compact.py on it first")
         return shape
     try:
-        return ModelConfig(**cfg.shape)
-    except TypeError as error:  # an unknown or a missing field, named by Python
+        return ModelConfig.from_dict(cfg.shape)
+    except ValueError as error:
         raise ValueError(f"shape: {error}") from None
 
 
@@ -76,6 +80,7 @@ def main(cfg: PretrainSettings) -> None:
     with user_errors():
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=shape.vocab_size, context_length=shape.context_length)
+        check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
     state, checkpoint, assets = processes.on_main(start_run, cfg, data)
     processes.say(f"{shape.n_params():,} parameters")

@@ -28,11 +28,13 @@ from model import ModelConfig, Transformer
 from plan import preflight, report
 from runtime import (Metrics, Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor,
                      make_optimizer, no_sync, shard, start_processes, used_up, wrap)
-from settings import TrainSettings, by_domain, check, require, run_stage, user_errors
+from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
 
 
 @dataclass(frozen=True)
 class PruneSettings(TrainSettings):
+    split: str = "prune"  # which of prepare.py's splits to train on
+
     target_hidden_size: int | None = None  # d of the target; None: the source's
     target_n_layers: int | None = None  # L of the target; None: the source's
     target_n_heads: int | None = None  # H, query heads of the target; None: the source's
@@ -125,6 +127,7 @@ def main(cfg: PruneSettings) -> None:
     with user_errors():
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
+        check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
     state, checkpoint, assets = processes.on_main(start_run, cfg, data)
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "

@@ -9,12 +9,13 @@ prune.py's settings: it then takes the source's own losses.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from settings import check, read_json, require, run_stage
+from settings import UserError, check, read_json, require, run_stage
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def main(cfg: ReferenceSettings) -> None:
     check(bool(table), f"{cfg.losses} holds no domain")
     for name, values in {"n_params": n_params, **table}.items():
         check(isinstance(values, list) and len(values) == len(n_params) and all(
-            type(v) in (int, float) and 0 < v < float("inf") for v in values),
+            type(v) in (int, float) and 0 < v < 1e30 for v in values),
             f"{cfg.losses}: {name} = {values} must be {len(n_params)} numbers above 0")
     reference = {}
     for domain, losses in table.items():
@@ -74,8 +75,16 @@ def main(cfg: ReferenceSettings) -> None:
         reference[domain] = a / cfg.n_params**b + c
         print(f"{domain}: {reference[domain]:.4f} at N = {cfg.n_params:,}; l(N) = {a:.4g} / N^{b:.4f} + {c:.4f}, largest "
               f"residual {residual:.1e}")
+        check(math.isfinite(reference[domain]), f"{cfg.losses}: no finite loss of {domain} at n_params = {cfg.n_params}")
+        if c < 0:
+            print(f"note: {domain}: c = {c:.4f}, where the law levels off, is below 0, as no loss can be; do not trust it "
+                  "far from the sizes given")
     if cfg.out:
-        Path(cfg.out).write_text(json.dumps(reference, indent=2) + "\n")
+        try:
+            Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(cfg.out).write_text(json.dumps(reference, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write out = {cfg.out}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def start_processes(settings: TrainSettings) -> Processes:
     check(settings.global_batch_size % (settings.micro_batch_size * world) == 0,
           f"global_batch_size = {settings.global_batch_size} does not divide by micro_batch_size x processes = "
           f"{settings.micro_batch_size} x {world}")
+    check(settings.logger == "none" or importlib.util.find_spec(settings.logger) is not None, f"logger = {settings.logger}, "
+          f"but the package is not installed; pip install {settings.logger}, or take --logger=none")
     if kind == "cuda":
         torch.cuda.set_device(device)
     cpus = None
@@ -299,9 +301,6 @@ class Metrics:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} has a line that is not ours; move the file away") from None
-        if logger != "none":
-            check(importlib.util.find_spec(logger) is not None, f"logger = {logger}, but the package is not installed; "
-                  f"pip install {logger}, or take --logger=none")
         if logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

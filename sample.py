@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoint import load_weights, read_model_config
 from model import ModelConfig, Transformer
@@ -54,7 +55,7 @@ def generate(model: Transformer, prompt: list[int], *, max_new_tokens: int, temp
     """Tokens that go on from the prompt, up to max_new_tokens or EOS (left out).  The model sees its last context_length."""
     device = next(model.parameters()).device
     tokens = list(prompt)
-    for _ in range(max_new_tokens):
+    for _ in tqdm(range(max_new_tokens), unit=" tokens", leave=False, disable=None):
         context = torch.tensor([tokens[-model.cfg.context_length:]], device=device)  # (1, T)
         token = next_token(model(context)[0, -1], temperature=temperature, top_k=top_k, generator=generator)
         if token == eos_id:

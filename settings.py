@@ -95,9 +95,9 @@ def conform(value, annotation):
         return tuple(conform(v, args[0]) for v in value)
     elif annotation is object:
         return value
-    elif annotation is float and type(value) in (int, float):
+    elif annotation is float and type(value) in (int, float) and not 1e308 < abs(value) < math.inf:  # an int may be too long
         return float(value)
-    elif origin is None and type(value) is annotation:
+    elif origin is None and type(value) is annotation and (annotation is not str or "\0" not in value):  # no path has one
         return value
     elif annotation is type(None) and value is None:
         return value
@@ -105,16 +105,29 @@ def conform(value, annotation):
 
 
 def parse_flag(text: str, annotation):
-    """The value of `--name=text`: a Python literal, or the text itself where the setting may be a string."""
+    """The value of `--name=text`: a Python literal, or the text itself where the setting may be a string.
+
+    A text that starts as a dict does is no string where the setting may be a dict.  Raises TypeError.
+    """
     try:
         return conform(ast.literal_eval(text), annotation)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        if text.lstrip().startswith("{") and "dict" in describe(annotation):
+            raise TypeError from None
         return conform(text, annotation)
+
+
+def written(name: str, annotation) -> str:
+    """How a setting that is a dict or a tuple is written as a flag; "" for any other."""
+    kind = describe(annotation)
+    example = """{"a": 1, "b": 2}""" if "dict" in kind else """["a", "b"]""" if "tuple" in kind else ""
+    return f"; write --{name}='{example}'" if example else ""
 
 
 def read_config_file(path: str) -> dict[str, object]:
     """The names that a Python config file assigns, but those starting with an underscore.  Raises UserError."""
-    check(Path(path).is_file(), f"config file {path} does not exist")
+    check(path.endswith(".py"), f"argument {path!r} is neither a config file (.py) nor a setting, --name=value")
+    check(os.path.isfile(path), f"config file {path} does not exist")
     try:
         values = runpy.run_path(path)
     except (Exception, SystemExit) as error:
@@ -144,7 +157,13 @@ def parse_args(cls: type, argv: list[str]):
 
     values = {}
     flags = [a for a in argv if a.startswith("-")]
-    for path in (a for a in argv if not a.startswith("-")):
+    for before, path in zip(["", *argv], argv):
+        if path.startswith("-"):
+            continue
+        bare = before.removeprefix("--")
+        if before.startswith("--") and "=" not in before and (hints.get(bare) is not bool or not path.endswith(".py")):
+            known(bare, f"the flag {before}")
+            raise UserError(f"flag {before} and {path!r} are two arguments; write {before}={path}")
         for name, value in read_config_file(path).items():
             known(name, path)
             try:
@@ -158,7 +177,7 @@ def parse_args(cls: type, argv: list[str]):
         try:
             values[name] = parse_flag(text, hints[name]) if equals else True
         except TypeError:
-            raise UserError(f"{name} = {text!r} is not {describe(hints[name])}") from None
+            raise UserError(f"{name} = {text!r} is not {describe(hints[name])}{written(name, hints[name])}") from None
     if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]:
         raise UserError(f"no value for {', '.join(missing)}: {docs.get(missing[0], '')}; give --{missing[0]}=...")
     try:
@@ -180,17 +199,19 @@ def run_stage(main: Callable, cls: type) -> None:
 
     try:
         main(parse_args(cls, sys.argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # else a folder that is closed to us, a name that is too long, a full disk
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, to end this rank now
         rank = int(os.environ.get("RANK", 0))
         if rank and not isinstance(error, Interrupted):
             time.sleep(5)
         if rank == 0 or not isinstance(error, Interrupted):
-            who = Path(sys.argv[0]).name + (f": rank {rank}" if rank else "")
-            print(f"{who}: {error}", file=sys.stderr, flush=True)
-        if in_process_group():  # its threads can hang a clean exit
-            os._exit(error.status)
-        sys.exit(error.status)
+            print(f"{Path(sys.argv[0]).name}: " + f"rank {rank}: " * bool(rank) + " ".join(message.split()),
+                  file=sys.stderr, flush=True)
+        status = getattr(error, "status", 2)
+        os._exit(status) if in_process_group() else sys.exit(status)  # a process group's threads can hang a clean exit
     except RuntimeError as error:
         if not in_process_group() or "gloo" not in str(error):
             raise
@@ -271,8 +292,7 @@ class TrainSettings:
             if isinstance(values := getattr(self, name), dict):
                 check_by_domain(name, values)
         if isinstance(self.domain_weights, dict):
-            n = len(self.domain_weights)
-            require(self.min_weight * n < 1, f"min_weight = {self.min_weight} times {n} domains must stay below 1")
+            check_min_weight(self.min_weight, len(self.domain_weights))
             if isinstance(self.reference_loss, dict):
                 check_same_domains("reference_loss", self.reference_loss, self.domain_weights)
 
@@ -292,11 +312,19 @@ def check_by_domain(name: str, values: dict[str, float]) -> None:
             f"domain_weights sum to {total:.6g}, not 1: {values}; scale them")
 
 
+def check_min_weight(min_weight: float, n_domains: int) -> None:
+    """Raises ValueError unless all domains can have so large a share."""
+    require(min_weight * n_domains < 1, f"min_weight = {min_weight} times {n_domains} domains must stay below 1")
+
+
 def check_same_domains(name: str, values: dict[str, float], weights: dict[str, float]) -> None:
     """Raises ValueError unless both name the same domains."""
     if odd := sorted(values.keys() ^ weights.keys()):
         near = difflib.get_close_matches(odd[0], (values | weights).keys() - set(odd[:1]), n=1)
-        raise ValueError(f"{name} and domain_weights name different domains: {', '.join(odd)} in one only"
+        sides = {name: values.keys() - weights.keys(),
+                 "domain_weights (if not given, data_dir)": weights.keys() - values.keys()}
+        raise ValueError(f"{name} and domain_weights name different domains: "
+                         + "; ".join(f"only {side} has {', '.join(sorted(names))}" for side, names in sides.items() if names)
                          + (f"; is {odd[0]} meant to be {near[0]}?" if near else ""))
 
 
@@ -319,5 +347,5 @@ def read_json(path: Path):
         return json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None

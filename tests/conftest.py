@@ -3,6 +3,7 @@
 Plain functions are imported (`from conftest import ...`); what is costly is a fixture of the session.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import prune
 from checkpoint import write_model
 from data import INDEX_KEYS, Sampler, sha256
 from model import ModelConfig, Transformer
+from settings import run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "play", "wiki")
@@ -116,7 +118,7 @@ TARGET = dict(target_hidden_size=20, target_n_layers=3, target_n_heads=1, target
 
 def prune_settings(data_dir: Path, out_dir: Path, source: Path, **changes) -> prune.PruneSettings:
     return prune.PruneSettings(**(dict(data_dir=str(data_dir), out_dir=str(out_dir), init_from=str(source),
-                                       lagrangian_warmup_steps=2) | SHORT | TARGET | changes))
+                                       split="train", lagrangian_warmup_steps=2) | SHORT | TARGET | changes))
 
 
 def pretrain_settings(data_dir: Path, out_dir: Path, source: Path, **changes) -> pretrain.PretrainSettings:
@@ -143,6 +145,24 @@ def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run([sys.executable, *launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                           env=environment | {"OMP_NUM_THREADS": "1"})
+
+
+NEEDED = ["--data_dir=data", "--init_from=source"]  # settings of prune.py that have no default, but out_dir
+SETTINGS = {"prepare": "PrepareSettings", "convert": "ConvertSettings", "prune": "PruneSettings",
+            "compact": "CompactSettings", "pretrain": "PretrainSettings", "sample": "SampleSettings",
+            "reference_loss": "ReferenceSettings"}
+
+
+def refusal(stage: str, argv: list[str], monkeypatch, capsys) -> str:
+    """The stage's `__main__` in this process.  Returns its one line on stderr, without the stage's name."""
+    module = importlib.import_module(stage)
+    monkeypatch.setattr(sys, "argv", [f"/some/where/{stage}.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        run_stage(module.main, getattr(module, SETTINGS[stage]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.endswith("\n") and err.count("\n") == 1 and err.startswith(f"{stage}.py: "), err
+    assert "Traceback" not in err
+    return err.removeprefix(f"{stage}.py: ").strip()
 
 
 def read_metrics(out_dir: Path) -> list[dict]:

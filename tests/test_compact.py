@@ -207,6 +207,7 @@ def test_stage_removes_the_layers_that_lose_both_blocks(data_dir, source, tmp_pa
     state = load_file(checkpoint / "masks.safetensors")
     state["log_alpha.head_layer"], state["log_alpha.mlp"] = torch.tensor([4.0, 4, 0, 0]), torch.tensor([4.0, 0, 0, 4])
     save_file(state, checkpoint / "masks.safetensors")
+    (checkpoint / "manifest.json").unlink()
     compact_stage.main(compact_stage.CompactSettings(checkpoint=str(checkpoint), out_dir=str(tmp_path / "out")))
     assert read_model_config(tmp_path / "out", ModelConfig) == tiny_config(n_layers=3)  # layer 2 went
     l0 = load_weights(L0(dict.fromkeys(("head_layer", "mlp"), ((4,), 2))), checkpoint / "masks.safetensors")
@@ -241,7 +242,7 @@ def test_stage_refuses_what_is_no_checkpoint_and_leaves_nothing(pruned, tmp_path
 
 def test_stage_refuses_other_folders_and_an_existing_out_dir(pruned, source, tmp_path):
     for checkpoint in (source, tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError, match=r"masks\.safetensors"):
+        with pytest.raises(UserError, match=r"masks\.safetensors|nowhere does not exist"):
             compact_stage.main(compact_stage.CompactSettings(checkpoint=str(checkpoint), out_dir=str(tmp_path / "out")))
     with pytest.raises(UserError, match="exists already"):
         compact_stage.main(compact_stage.CompactSettings(checkpoint=str(pruned), out_dir=str(tmp_path)))

@@ -61,6 +61,13 @@ def test_greedy_is_the_argmax_also_past_the_context():
     assert generate([1, 5, 9], top_k=1) == tokens[3:]
 
 
+def test_progress_is_shown(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "tqdm", lambda steps, **options: seen.append(len(steps)) or steps)
+    generate([1, 5, 9])
+    assert seen == [20]
+
+
 def test_stops_before_eos():
     tokens = generate([1, 5, 9])
     assert generate([1, 5, 9], eos_id=tokens[7]) == tokens[:tokens.index(tokens[7])]
