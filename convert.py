@@ -389,7 +389,6 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
     check(not (source / "masks.safetensors").exists(), f"{source} holds masks, and no Hugging Face model has any; "
           "run compact.py first")
     check_whole(source)
-    check((source / "model.safetensors").is_file(), f"{source} has no model.safetensors")
     loaders, dtype = open_safetensors([source / "model.safetensors"])
     dtype = getattr(torch, settings.dtype, dtype)  # "source" is no name of torch's
     write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
