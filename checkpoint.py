@@ -8,6 +8,7 @@ depends on the number of ranks, and nothing is pickled.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -53,8 +54,8 @@ def tensor_names(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one at a time: (name, tensor).  Names and shapes must be exactly `shapes`."""
+def tensor_reader(path: Path, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
+    """What reads one tensor of a safetensors file by its name.  Names and shapes must be exactly `shapes`."""
     check(path.is_file(), f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,10 +66,27 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tup
             for name in shapes:
                 shape = tuple(file.get_slice(name).get_shape())
                 check(shape == tuple(shapes[name]), f"{path}: {name} has shape {shape}, not {tuple(shapes[name])}")
-            for name in shapes:
-                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    return functools.partial(read_tensor, path)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """The file is opened anew: what was read of a mapped one counts as this process's memory until it closes."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, one at a time: (name, tensor).  Names and shapes must be exactly `shapes`."""
+    read = tensor_reader(path, shapes)
+    for name in shapes:
+        yield name, read(name)
+
+
+def check_finite(tensor: Tensor, path: Path, name: str) -> None:
+    finite = all(v.isfinite() for v in tensor.aminmax())  # no copy, as isfinite() of the tensor would make
+    check(finite, f"{path}: {name} holds NaN or infinite values")
 
 
 @torch.no_grad()
@@ -80,7 +98,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     parameters = dict(model.named_parameters())
     for name, tensor in read_tensors(path, {n: tuple(p.shape) for n, p in parameters.items()}):
-        check(all(v.isfinite() for v in tensor.aminmax()), f"{path}: {name} holds NaN or infinite values")
+        check_finite(tensor, path, name)
         parameters[name].copy_(part_of(tensor, parameters[name]))
     return model
 
@@ -166,6 +184,11 @@ def write_model(folder: Path, tensors: dict[str, Tensor], config, assets: list[P
     assets: folders of files to carry along unread; of two files of one name the first folder's counts.
     """
     write_whole(folder / "model.safetensors", tensors)
+    write_config(folder, config, assets)
+
+
+def write_config(folder: Path, config, assets: list[Path]) -> None:
+    """What `write_model` writes beside the weights."""
     (folder / "model_config.json").write_text(config.to_json())
     for source in reversed([a for a in assets if a.is_dir()]):
         shutil.copytree(source, folder / "assets", dirs_exist_ok=True)

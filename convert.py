@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPE_CODES, load_weights, new_folder, read_model_config, write_tensors
-from model import ModelConfig, Transformer
+from checkpoint import DTYPE_CODES, load_weights, new_folder, read_model_config, read_tensor, write_tensors
+from model import ModelConfig, Transformer, parameter_shapes
 from settings import UserError, check, read_json, require, run_stage
 from tokenizer import load_tokenizer
 
@@ -75,10 +75,6 @@ class ConvertSettings:
 def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
     """The tensors of safetensors files, none of them read yet, and the dtype that holds all of them exactly."""
 
-    def load(path: Path, name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:  # opened anew: what was read of a mapped file stays till it closes
-            return file.get_tensor(name)
-
     loaders, dtypes, left_out = {}, set(), 0
     for path in paths:
         try:
@@ -91,7 +87,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
                     check(code in DTYPES, f"{path}: {name} holds {code} numbers, not {', '.join(DTYPES)}; "
                           "take a checkpoint that is not quantised")
                     dtypes.add(DTYPES[code])
-                    loaders[name] = functools.partial(load, path, name)
+                    loaders[name] = functools.partial(read_tensor, path, name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors: {error}") from None
     if left_out:
@@ -102,8 +98,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
 def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch.dtype, *, source: str,
                   max_gb: float = math.inf) -> None:
     """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(cfg).named_parameters()}
+    shapes = parameter_shapes(cfg)
     missing, unexpected = sorted(shapes.keys() - loaders.keys()), sorted(loaders.keys() - shapes.keys())
     check(not missing and not unexpected, f"{source}: missing tensors {missing[:3]} ({len(missing)}), "
           f"unexpected tensors {unexpected[:3]} ({len(unexpected)})")
