@@ -25,7 +25,7 @@ from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from settings import check, read_json, run_stage, user_errors
 
-CHECKED = 16  # tokens of a sequence that the check runs
+CHECKED = 8  # tokens of a sequence that the check runs
 TOLERANCE = 1e-4  # of the logits' largest magnitude: what fp32 rounding may do to them
 
 
@@ -181,6 +181,7 @@ def report(masks: dict[str, Tensor], undecided: dict[str, tuple[int, int]], cfg:
 
 
 def main(cfg: CompactSettings) -> None:
+    torch.set_num_threads(1)  # more of them wait for each other over the pages of the mapped file, and take longer
     folder = Path(cfg.checkpoint)
     folder = latest_checkpoint(folder) or folder
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")

@@ -424,8 +424,11 @@ def main(settings: ConvertSettings) -> None:
     needed += ["accelerate"] * (settings.verify and bool(settings.from_gguf))  # transformers reads GGUF through it
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     check(not missing, f"this needs packages that are not installed; pip install {' '.join(missing)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other over the pages of the mapped file, and take longer
     with new_folder(settings.out_dir) as folder:
         (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
+        torch.set_num_threads(threads)
         if settings.verify:
             verify(settings, folder)
     print(f"wrote {settings.out_dir}")
