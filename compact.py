@@ -112,9 +112,9 @@ def cut(name: str, w: Tensor, cfg: ModelConfig, masks: dict[str, Tensor]) -> Ten
             "down_proj": (hidden, units, z["mlp_out"], None),
         }
     rows, columns, row_factors, column_factors = sides[parts[-2]]
-    w = w.clone() if rows is None else w[rows]
+    w = w if rows is None else w[rows]
     if w.dim() == 2:
-        w = w[:, columns]
+        w = w[:, columns]  # a copy, and so is w[rows] of a vector: the factors go into it in place
         if column_factors is not None:
             w *= column_factors[columns]
     if row_factors is not None:
