@@ -204,24 +204,24 @@ def main(cfg: CompactSettings) -> None:
     path, shapes = folder / "model.safetensors", parameter_shapes(shape)
     read = tensor_reader(path, parameter_shapes(source))
 
-    def read_finite(name: str) -> Tensor:
-        tensor = read(name).float()
-        check_finite(tensor, path, name)
+    def load(name: str) -> Tensor:
+        tensor = cut(names[name], read(names[name]).float(), source, masks)
+        check_finite(tensor, path, names[name])  # what is cut away shows up in the logits, as nan
         return tensor
 
     with new_folder(cfg.out_dir) as temporary:
         weights = temporary / "model.safetensors"
-        write_tensors(weights, shapes, dict.fromkeys(shapes, torch.float32),
-                      lambda name: cut(names[name], read(names[name]).float(), source, masks))
+        write_tensors(weights, shapes, dict.fromkeys(shapes, torch.float32), load)
         write_config(temporary, shape, [folder / "assets"])
         for name in ("domain_weights", "reference_loss"):
             (temporary / f"{name}.json").write_text(json.dumps(state[name], indent=2) + "\n")
-        masked, dense = model_on_disk(source, read_finite), model_on_disk(shape, tensor_reader(weights, shapes))
+        masked = model_on_disk(source, lambda name: read(name).float())
+        dense = model_on_disk(shape, tensor_reader(weights, shapes))
         difference, largest = largest_difference(masked, masks, dense)
         print(f"{source.n_params():,} -> {shape.n_params():,} parameters; masked and compacted logits differ by at most "
               f"{difference:.2e} (largest logit {largest:.2f})")
         check(difference <= TOLERANCE * max(1.0, largest), f"that is more than {TOLERANCE} of the largest logit: a bug, "
-              "or weights of a size that fp32 cannot hold; nothing was written")
+              "or weights that are not finite, or too large for fp32; nothing was written")
     print(f"wrote {cfg.out_dir}, with domain_weights.json and reference_loss.json as pruning ended with them")
 
 
