@@ -3,24 +3,30 @@
     python compact.py --checkpoint=out/7b_to_1.3b/step_0003200 --out_dir=out/1.3b_compact
 
 Folds every mask into the weights that the masked forward pass puts it on (model.layer_masks is the one rule for both),
-then cuts away the units whose mask is zero and renumbers the layers.  Masked and compacted logits agree to rounding: that
-is checked on random tokens before anything is written.
+then cuts away the units whose mask is zero and renumbers the layers, one weight in memory at a time.  Masked and compacted
+logits agree to rounding: that is checked on random tokens, between the source and what was written, before the new folder
+gets its name.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
-from checkpoint import (check_whole, latest_checkpoint, load_weights, new_folder, read_model_config, read_state,
-                        tensor_names, write_model)
+from checkpoint import read_state
 from l0 import L0, mask_sets
-from model import ModelConfig, Transformer, layer_masks
+from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from settings import check, run_stage, user_errors
+from weights import (check_finite, latest_checkpoint, load_weights, new_folder, read_model_config, tensor_names,
+                     tensor_reader, verified, write_assets, write_tensors)
 
+CHECKED = 8  # tokens of a sequence that the check runs
 TOLERANCE = 1e-4  # of the logits' largest magnitude: what fp32 rounding may do to them
 
 
@@ -28,13 +34,6 @@ TOLERANCE = 1e-4  # of the logits' largest magnitude: what fp32 rounding may do 
 class CompactSettings:
     checkpoint: str  # a step_* folder of prune.py, or its out_dir for the newest
     out_dir: str  # the model folder to write
-
-
-def scale(w: Tensor, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:
-    """A weight [out, in] or vector [out] times factors of its rows [out] and columns [in]; None is one."""
-    if columns is not None:
-        w = w * columns
-    return w if rows is None else w * (rows[:, None] if w.dim() == 2 else rows)
 
 
 def kept(z: Tensor | None, size: int) -> Tensor:
@@ -65,74 +64,104 @@ def kept_heads(z_head: Tensor | None, cfg: ModelConfig) -> tuple[Tensor, Tensor]
     return heads, kv_heads
 
 
-def cut_layer(weights: dict[str, Tensor], prefix: str, cfg: ModelConfig, z: dict[str, Tensor | None],
-              hidden: Tensor) -> dict[str, Tensor]:
-    """One layer, folded and cut.  z: of model.layer_masks.  hidden: indices of the dimensions to keep.
+def compacted_shape(cfg: ModelConfig, masks: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, str]]:
+    """The shape that the masks lead to, and for the name of each of its weights the name that it has in the source.
 
-    Takes the weights whose name starts with prefix, and returns tensors by their name behind it.
+    Raises ValueError if layers keep different counts, so that no uniform shape exists.
     """
-    w = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-    h, units = cfg.head_dim, kept(z["intermediate"], cfg.intermediate_size)
-    heads, kv_heads = kept_heads(z["head"], cfg)
-    q_rows = (heads[:, None] * h + torch.arange(h)).flatten()  # rows of a head are next to each other
-    kv_rows = (kv_heads[:, None] * h + torch.arange(h)).flatten()
-    head_columns = None if z["head"] is None else z["head"].repeat_interleave(h)
-    folded = w | {
-        "input_layernorm.weight": scale(w["input_layernorm.weight"], z["hidden"]),
-        "post_attention_layernorm.weight": scale(w["post_attention_layernorm.weight"], z["hidden"]),
-        "self_attn.o_proj.weight": scale(w["self_attn.o_proj.weight"], z["attention_out"], head_columns),
-        "mlp.up_proj.weight": scale(w["mlp.up_proj.weight"], z["intermediate"]),
-        "mlp.down_proj.weight": scale(w["mlp.down_proj.weight"], z["mlp_out"]),
+    layers, shapes = [i for i in range(cfg.n_layers) if not is_closed(masks, i)], set()
+    for i in layers:
+        z = layer_masks(masks, i, cfg)
+        heads, kv_heads = kept_heads(z["head"], cfg)
+        shapes.add((len(heads), len(kv_heads), len(kept(z["intermediate"], cfg.intermediate_size))))
+    if len(shapes) != 1:
+        raise ValueError(f"the masks keep different shapes (heads, KV heads, MLP units) in layers: {sorted(shapes)}")
+    n_heads, n_kv_heads, intermediate_size = shapes.pop()
+    shape = dataclasses.replace(cfg, hidden_size=len(kept(masks.get("hidden"), cfg.hidden_size)), n_layers=len(layers),
+                                n_heads=n_heads, n_kv_heads=n_kv_heads, intermediate_size=intermediate_size)
+    names = {}
+    for name in parameter_shapes(shape):
+        parts = name.split(".")
+        names[name] = ".".join([*parts[:2], str(layers[int(parts[2])]), *parts[3:]]) if parts[1] == "layers" else name
+    return shape, names
+
+
+def cut(name: str, w: Tensor, cfg: ModelConfig, masks: dict[str, Tensor]) -> Tensor:
+    """One weight of the source, [out, in] or [out], folded and cut.  Makes at most two copies of it, one after the other."""
+    parts, h, z_hidden = name.split("."), cfg.head_dim, masks.get("hidden")
+    hidden = kept(z_hidden, cfg.hidden_size)
+    # tied: the head is the scaled embedding too, which does to the logits what scaling the norm would have done
+    sides = {  # module: (rows to keep, columns to keep, factors of rows, factors of columns); None: all, or one
+        "embed_tokens": (None, hidden, None, z_hidden),
+        "norm": (hidden, None, None if cfg.tie_embeddings else z_hidden, None),
+        "lm_head": (None, hidden, None, None),
     }
-    if cfg.o_bias:
-        folded["self_attn.o_proj.bias"] = scale(w["self_attn.o_proj.bias"], z["attention_out"])
-    rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows, "gate_proj": units, "up_proj": units}
-    columns = {"o_proj": q_rows, "down_proj": units}
-    cut = {}
-    for name, t in folded.items():
-        module = name.split(".")[-2]
-        t = t[rows.get(module, hidden)]
-        cut[name] = t[:, columns.get(module, hidden)].contiguous() if t.dim() == 2 else t
-    return cut
+    if parts[1] == "layers":
+        z = layer_masks(masks, int(parts[2]), cfg)
+        units, (heads, kv_heads) = kept(z["intermediate"], cfg.intermediate_size), kept_heads(z["head"], cfg)
+        q = (heads[:, None] * h + torch.arange(h)).flatten()  # the units of a head are next to each other
+        kv = (kv_heads[:, None] * h + torch.arange(h)).flatten()
+        sides = {
+            "input_layernorm": (hidden, None, z_hidden, None),
+            "q_proj": (q, hidden, None, None),
+            "k_proj": (kv, hidden, None, None),
+            "v_proj": (kv, hidden, None, None),
+            "o_proj": (hidden, q, z["attention_out"], None if z["head"] is None else z["head"].repeat_interleave(h)),
+            "post_attention_layernorm": (hidden, None, z_hidden, None),
+            "gate_proj": (units, hidden, None, None),
+            "up_proj": (units, hidden, z["intermediate"], None),
+            "down_proj": (hidden, units, z["mlp_out"], None),
+        }
+    rows, columns, row_factors, column_factors = sides[parts[-2]]
+    w = w if rows is None else w[rows]
+    if w.dim() == 2:
+        w = w[:, columns]  # a copy, and so is w[rows] of a vector: the factors go into it in place
+        if column_factors is not None:
+            w *= column_factors[columns]
+    if row_factors is not None:
+        w *= row_factors[rows].view(-1, *[1] * (w.dim() - 1))
+    return w
 
 
 @torch.no_grad()
 def compact(weights: dict[str, Tensor], cfg: ModelConfig, masks: dict[str, Tensor]) -> tuple[dict[str, Tensor], ModelConfig]:
     """Fold and cut.  weights: a Transformer's named parameters.  masks: as its forward takes them, any values in [0, 1].
 
-    Returns the compacted model's named parameters and shape.  Raises ValueError if layers keep different counts, so that
-    no uniform shape exists.
+    Returns the compacted model's named parameters and shape.  Raises ValueError if no uniform shape exists.
     """
-    z_hidden = masks.get("hidden")
-    hidden = kept(z_hidden, cfg.hidden_size)
-    embedding = scale(weights["model.embed_tokens.weight"].T, z_hidden).T
-    # tied: the head is the scaled embedding too, which does to the logits what scaling the norm would have done
-    norm = weights["model.norm.weight"] if cfg.tie_embeddings else scale(weights["model.norm.weight"], z_hidden)
-    out = {"model.embed_tokens.weight": embedding[:, hidden].contiguous(), "model.norm.weight": norm[hidden]}
-    if not cfg.tie_embeddings:
-        out["lm_head.weight"] = weights["lm_head.weight"][:, hidden].contiguous()
-    n_layers = 0
-    for i in range(cfg.n_layers):
-        if is_closed(masks, i):
-            continue
-        layer = cut_layer(weights, f"model.layers.{i}.", cfg, layer_masks(masks, i, cfg), hidden)
-        out |= {f"model.layers.{n_layers}.{name}": t for name, t in layer.items()}
-        n_layers += 1
-    shapes = {(out[f"model.layers.{i}.self_attn.q_proj.weight"].shape[0] // cfg.head_dim,
-               out[f"model.layers.{i}.self_attn.k_proj.weight"].shape[0] // cfg.head_dim,
-               out[f"model.layers.{i}.mlp.up_proj.weight"].shape[0]) for i in range(n_layers)}
-    if len(shapes) != 1:
-        raise ValueError(f"the masks keep different shapes (heads, KV heads, MLP units) in layers: {sorted(shapes)}")
-    n_heads, n_kv_heads, intermediate_size = shapes.pop()
-    return out, dataclasses.replace(cfg, hidden_size=len(hidden), n_layers=n_layers, n_heads=n_heads,
-                                    n_kv_heads=n_kv_heads, intermediate_size=intermediate_size)
+    shape, names = compacted_shape(cfg, masks)
+    return {name: cut(old, weights[old], cfg, masks) for name, old in names.items()}, shape
+
+
+# ---- the check
+
+
+class OnDisk(nn.Module):
+    """A parameter that is read each time that it is used, and dropped behind it."""
+
+    def __init__(self, read: Callable[[], Tensor]):
+        super().__init__()
+        self.read = read
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.read()
+
+
+def model_on_disk(cfg: ModelConfig, read: Callable[[str], Tensor]) -> Transformer:
+    """A model that holds no weights; read(name) gives them."""
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    for name in parameter_shapes(cfg):
+        module, kind = name.rsplit(".", 1)
+        register_parametrization(model.get_submodule(module), kind, OnDisk(functools.partial(read, name)), unsafe=True)
+    return model
 
 
 @torch.no_grad()
 def largest_difference(masked: Transformer, masks: dict[str, Tensor], dense: Transformer) -> tuple[float, float]:
     """Logits of both models on random tokens: (largest absolute difference, largest magnitude)."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(masked.cfg.vocab_size, (2, min(128, masked.cfg.context_length)), generator=generator)
+    tokens = torch.randint(masked.cfg.vocab_size, (2, min(CHECKED, masked.cfg.context_length)), generator=generator)
     expected = masked(tokens, masks=masks)
     return float((expected - dense(tokens)).abs().max()), float(expected.abs().max())
 
@@ -153,12 +182,12 @@ def report(masks: dict[str, Tensor], undecided: dict[str, tuple[int, int]], cfg:
 
 
 def main(cfg: CompactSettings) -> None:
+    torch.set_num_threads(1)  # more of them wait for each other over the pages of the mapped file, and take longer
     folder = Path(cfg.checkpoint)
     check(folder.is_dir(), f"checkpoint = {folder} does not exist")
     folder = latest_checkpoint(folder) or folder
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
     check((folder / "masks.safetensors").is_file(), f"{folder} is no checkpoint of prune.py: it has no masks.safetensors")
-    check_whole(folder)
     state = read_state(folder)
     source = read_model_config(folder, ModelConfig)
     target = read_model_config(folder, ModelConfig, "target_config.json")
@@ -167,28 +196,34 @@ def main(cfg: CompactSettings) -> None:
     with user_errors():
         l0 = load_weights(L0(mask_sets(source, target, modules)), folder / "masks.safetensors")
         masks = l0.deterministic()
-        with torch.device("meta"):
-            model = Transformer(source)
-        model = load_weights(model.to_empty(device="cpu"), folder)
-        weights, shape = compact(dict(model.named_parameters()), source, masks)
+        shape, names = compacted_shape(source, masks)
     report(masks, l0.undecided(), source)
     if "layer" not in masks:  # head_layer and mlp close blocks, and how many layers lose both is not set beforehand
         if shape.n_layers != target.n_layers:
             print(f"{shape.n_layers} layers, not the target's {target.n_layers}: attention and MLP blocks close one by one")
         target = dataclasses.replace(target, n_layers=shape.n_layers)
     check(shape == target, f"compacted to {shape}, not to the target {target}")
-    with torch.device("meta"):
-        dense = Transformer(shape)
-    dense.load_state_dict(weights, assign=True)
-    difference, largest = largest_difference(model, masks, dense)
-    print(f"{source.n_params():,} -> {shape.n_params():,} parameters; masked and compacted logits differ by at most "
-          f"{difference:.2e} (largest logit {largest:.2f})")
-    check(difference <= TOLERANCE * max(1.0, largest), f"that is more than {TOLERANCE} of the largest logit: a bug, "
-          "or weights of a size that fp32 cannot hold; nothing was written")
-    with new_folder(cfg.out_dir) as temporary:
-        write_model(temporary, weights, shape, [folder / "assets"])
+    path, shapes = folder / "model.safetensors", parameter_shapes(shape)
+    read = tensor_reader(path, parameter_shapes(source))
+
+    def load(name: str) -> Tensor:
+        tensor = cut(names[name], read(names[name]).float(), source, masks)
+        check_finite(tensor, path, names[name])  # what is cut away shows up in the logits, as nan
+        return tensor
+
+    with new_folder(cfg.out_dir) as temporary, verified(folder):
+        weights = temporary / "model.safetensors"
+        write_tensors(weights, shapes, dict.fromkeys(shapes, torch.float32), load)
+        write_assets(temporary, shape, [folder / "assets"])
         for name in ("domain_weights", "reference_loss"):
             (temporary / f"{name}.json").write_text(json.dumps(getattr(state, name), indent=2) + "\n")
+        masked = model_on_disk(source, lambda name: read(name).float())
+        dense = model_on_disk(shape, tensor_reader(weights, shapes))
+        difference, largest = largest_difference(masked, masks, dense)
+        print(f"{source.n_params():,} -> {shape.n_params():,} parameters; masked and compacted logits differ by at most "
+              f"{difference:.2e} (largest logit {largest:.2f})")
+        check(difference <= TOLERANCE * max(1.0, largest), f"that is more than {TOLERANCE} of the largest logit: a bug, "
+              "or weights that are not finite, or too large for fp32; nothing was written")
     print(f"wrote {cfg.out_dir}, with domain_weights.json and reference_loss.json as pruning ended with them")
 
 

@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPE_CODES, check_names, check_whole, load_weights, new_folder, read_model_config, write_tensors
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, parameter_shapes
 from settings import UserError, check, read_json, require, run_stage
 from tokenizer import load_tokenizer
+from weights import (DTYPE_CODES, check_names, load_weights, new_folder, read_model_config, read_tensor, verified,
+                     write_tensors)
 
 # What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -75,10 +76,6 @@ class ConvertSettings:
 def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
     """The tensors of safetensors files, none of them read yet, and the dtype that holds all of them exactly."""
 
-    def load(path: Path, name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:  # opened anew: what was read of a mapped file stays till it closes
-            return file.get_tensor(name)
-
     loaders, dtypes, left_out = {}, set(), 0
     for path in paths:
         try:
@@ -91,7 +88,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
                     check(code in DTYPES, f"{path}: {name} holds {code} numbers, not {', '.join(DTYPES)}; "
                           "take a checkpoint that is not quantised")
                     dtypes.add(DTYPES[code])
-                    loaders[name] = functools.partial(load, path, name)
+                    loaders[name] = functools.partial(read_tensor, path, name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors: {error}") from None
     if left_out:
@@ -102,8 +99,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
 def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch.dtype, *, source: str,
                   max_gb: float = math.inf) -> None:
     """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(cfg).named_parameters()}
+    shapes = parameter_shapes(cfg)
     check_names(source, loaders.keys(), shapes.keys())
     nbytes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = [[]]
@@ -388,10 +384,10 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
     cfg = read_model_config(source, ModelConfig)
     check(not (source / "masks.safetensors").exists(), f"{source} holds masks, and no Hugging Face model has any; "
           "run compact.py first")
-    check_whole(source)
     loaders, dtype = open_safetensors([source / "model.safetensors"])
     dtype = getattr(torch, settings.dtype, dtype)  # "source" is no name of torch's
-    write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
+    with verified(source):
+        write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
     copy_files(source / "assets", folder, ("*",))
     path, unknown = folder / "config.json", {"bos_token_id": None, "eos_token_id": None}  # or transformers takes 1 and 2
     carried = read_json(path) if path.is_file() else unknown
@@ -439,8 +435,11 @@ def main(settings: ConvertSettings) -> None:
     needed += ["accelerate"] * (settings.verify and bool(settings.from_gguf))  # transformers reads GGUF through it
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     check(not missing, f"this needs packages that are not installed; pip install {' '.join(missing)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other over the pages of the mapped file, and take longer
     with new_folder(settings.out_dir) as folder:
         (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
+        torch.set_num_threads(threads)
         if settings.verify:
             verify(settings, folder)
     print(f"wrote {settings.out_dir}")

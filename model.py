@@ -309,6 +309,12 @@ class Transformer(nn.Module):
         return loss.mean(1) if reduction == "none" else loss.mean()
 
 
+def parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
+    """Name -> shape of each parameter of a Transformer, which is not allocated."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Transformer(cfg).named_parameters()}
+
+
 def init_weights(model: Transformer, seed: int) -> None:
     """Fresh weights in place: normal, std 0.02, the two projections that end a block by 1/sqrt(2 L) smaller (GPT-2)."""
     generator = torch.Generator().manual_seed(seed)

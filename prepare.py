@@ -373,28 +373,28 @@ def train_sentencepiece(lines: Iterator[str], size: int) -> bytes:
     return model.getvalue()
 
 
-def get_tokenizer(cfg: PrepareSettings, domains: dict[str, list[Path]]) -> Tokenizer:
-    """The tokenizer asked for, trained if need be; out_dir/tokenizer holds a copy of it."""
+def keep_tokenizer(given: Tokenizer | None, cfg: PrepareSettings, domains: dict[str, list[Path]]) -> Tokenizer:
+    """The tokenizer given, or else trained (unless that was done); out_dir/tokenizer holds a copy of it."""
     folder = Path(cfg.out_dir) / "tokenizer"
-    if cfg.train_tokenizer and not (folder / "tokenizer.model").exists():
+    if given is None:
+        if (folder / "tokenizer.model").exists():
+            return load_tokenizer(folder)
         print(f"training a tokenizer of {cfg.train_tokenizer} pieces")
-        files = {"tokenizer.model": train_sentencepiece(training_text(domains, cfg), cfg.train_tokenizer)}
-    else:
-        files = load_tokenizer(folder if cfg.train_tokenizer else cfg.tokenizer).files
+    files = given.files if given else {
+        "tokenizer.model": train_sentencepiece(training_text(domains, cfg), cfg.train_tokenizer)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / f"{name}.{os.getpid()}.tmp").write_bytes(content)  # shards write the same at the same time
         os.replace(folder / f"{name}.{os.getpid()}.tmp", folder / name)
-    return load_tokenizer(folder)
+    return given or load_tokenizer(folder)
 
 
-def check_same_work(cfg: PrepareSettings, domains: dict[str, list[Path]]) -> None:
+def check_same_work(given: Tokenizer | None, cfg: PrepareSettings, domains: dict[str, list[Path]]) -> None:
     """out_dir is new, or begun with the same settings, tokenizer and input, or without a token yet.  Raises UserError."""
     out_dir = Path(cfg.out_dir)
     record = out_dir / f"prepare{cfg.suffix()}.json"
-    work = {name: getattr(cfg, name) for name in ("input_dir", "tokenizer", "train_tokenizer", "train_mb", "text_field",
-                                                  "eval_fraction", "prune_fraction")}
-    work["fingerprint"] = load_tokenizer(cfg.tokenizer).fingerprint if cfg.tokenizer else ""  # a mistyped name ends here
+    fixed = ("input_dir", "tokenizer", "train_tokenizer", "train_mb", "text_field", "eval_fraction", "prune_fraction")
+    work = {name: getattr(cfg, name) for name in fixed} | {"fingerprint": given.fingerprint if given else ""}
     work |= {f"file {p}": p.stat().st_size for paths in domains.values() for p in paths}  # bytes
     if record.exists():
         old = read_json(record)
@@ -422,8 +422,9 @@ def print_table(indexes: dict[str, list[dict]]) -> None:
 def main(cfg: PrepareSettings) -> None:
     domains = find_domains(cfg)
     try:
-        check_same_work(cfg, domains)
-        tokenizer = get_tokenizer(cfg, domains)
+        given = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None  # a mistyped name ends here; loaded only once
+        check_same_work(given, cfg, domains)
+        tokenizer = keep_tokenizer(given, cfg, domains)
         if cfg.shard:
             i, n = map(int, cfg.shard.split("/"))
             domains = {d: paths[i::n] for d, paths in domains.items()}

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_optimizer, load_weights, parameter_names, read_model_config, save_checkpoint, start_run
+from checkpoint import load_optimizer, parameter_names, save_checkpoint, start_run
 from data import RunData, Sampler, evaluate, open_run_data, steer
 from model import ModelConfig, Transformer, init_weights
 from plan import preflight, report
 from runtime import (Metrics, Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync,
                      shard, start_processes, used_up, wrap)
 from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
+from weights import load_weights, read_model_config
 
 
 @dataclass(frozen=True)

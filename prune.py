@@ -20,8 +20,7 @@ from typing import Literal
 
 import torch
 
-from checkpoint import (load_optimizer, load_weights, parameter_names, read_model_config,
-                        save_checkpoint, save_masks, start_run)
+from checkpoint import load_optimizer, parameter_names, save_checkpoint, save_masks, start_run
 from data import RunData, Sampler, evaluate, open_run_data, steer
 from l0 import L0, expected_params, mask_sets, prob_open
 from model import ModelConfig, Transformer
@@ -29,6 +28,7 @@ from plan import preflight, report
 from runtime import (Metrics, Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor,
                      make_optimizer, no_sync, shard, start_processes, used_up, wrap)
 from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
+from weights import load_weights, read_model_config
 
 
 @dataclass(frozen=True)

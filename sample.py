@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_weights, read_model_config
 from model import ModelConfig, Transformer
 from settings import check, require, run_stage
 from tokenizer import load_tokenizer
+from weights import load_weights, read_model_config
 
 
 @dataclass(frozen=True)

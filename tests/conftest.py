@@ -17,10 +17,10 @@ import torch
 
 import pretrain
 import prune
-from checkpoint import write_model
 from data import INDEX_KEYS, Sampler, sha256
 from model import ModelConfig, Transformer
 from settings import run_stage
+from weights import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "play", "wiki")
@@ -201,3 +201,10 @@ def at_draw(monkeypatch, at: int, act) -> None:
         return draw(self, step, *args)
 
     monkeypatch.setattr(Sampler, "draw", acting)
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import compact as compact_stage
 import convert
 import prune
-from checkpoint import load_weights, read_model_config, write_model
 from compact import compact
 from l0 import L0, MASKS, mask_sets
 from model import ModelConfig, Transformer
 from settings import UserError
+from weights import load_weights, read_model_config, write_model
 
 EXAMPLES = settings(max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -253,3 +253,18 @@ def test_a_model_with_masks_is_not_exported(pruned, tmp_path):
     with pytest.raises(UserError, match="compact"):
         convert.main(convert.ConvertSettings(to_hf=str(pruned / "step_0000006"), out_dir=str(tmp_path / "hf")))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_nothing_is_written_when_a_weight_is_not_finite(pruned, tmp_path, name):
+    """Neither in what is kept nor in what is cut away."""
+    for at in (5, (slice(None), 7), (slice(None), 11)):  # a row, two columns
+        folder = tmp_path / "step_0000006"
+        shutil.copytree(pruned / "step_0000006", folder)
+        weights = load_file(folder / "model.safetensors")
+        weights[name][at] = float("inf")
+        save_file(weights, folder / "model.safetensors")
+        with pytest.raises(UserError, match=r"infinite|not finite"):
+            compact_stage.main(compact_stage.CompactSettings(checkpoint=str(folder), out_dir=str(tmp_path / "out")))
+        assert not list(tmp_path.glob("out*"))
+        shutil.rmtree(folder)

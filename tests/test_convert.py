@@ -13,10 +13,10 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 import convert
-from checkpoint import load_weights, read_model_config, write_model
 from model import ModelConfig, Transformer
 from settings import UserError
 from tokenizer import load_tokenizer
+from weights import load_weights, read_model_config, write_model
 
 ROOT = Path(convert.__file__).parent
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (DOMAINS, SETTINGS, TINY, flags, pretrain_settings, prune_settings, refusal, run_script, tiny_config,
-                      write_data_dir, write_tokens)
+from conftest import (DOMAINS, SETTINGS, TINY, flags, flip, pretrain_settings, prune_settings, refusal, run_script,
+                      tiny_config, write_data_dir, write_tokens)
 from safetensors.torch import load_file, save_file
 from test_prepare import MISTRAL
 
-from checkpoint import new_folder
 from settings import UserError, run_stage
+from weights import new_folder
 
 
 @pytest.fixture
@@ -202,9 +202,9 @@ CASES = {
     "weights of a checkpoint cut short": (
         "compact", lambda p: cut(copied(p) / "model.safetensors"), at_run, "model.safetensors cannot be read"),
     "a damaged checkpoint": (
-        "compact", lambda p: shutil.copytree(p.pruned / "step_0000003", p.data / "run" / "step_0000003") and cut(
-            p.data / "run" / "step_0000003" / "masks.safetensors"), at_run,
-        "step_0000003 is damaged: masks.safetensors has .* bytes, not .*; take an earlier checkpoint"),
+        "compact", lambda p: shutil.copytree(p.pruned / "step_0000003", p.data / "run" / "step_0000003") and flip(
+            p.data / "run" / "step_0000003" / "model.safetensors"), at_run,
+        "step_0000003 is damaged: model.safetensors differs from its checksum in manifest.json; take an earlier"),
     "a folder in the way": ("compact", lambda p: p.out.mkdir(parents=True), {}, "out_dir = .* exists already"),
     "nothing to write": ("compact", nothing, dict(out_dir=""), "out_dir"),
 }

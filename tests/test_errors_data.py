@@ -15,10 +15,10 @@ from test_prepare import MISTRAL, write_jsonl
 
 import convert
 import reference_loss
-from checkpoint import write_model
 from model import Transformer
 from prepare import PrepareSettings
 from prepare import main as run_prepare
+from weights import write_model
 
 LOSSES = {"n_params": [1e8, 1e9, 1e10], "wiki": [3.0, 2.5, 2.2]}
 

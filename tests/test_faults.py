@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (DOMAINS, ROOT, at_draw, flags, pretrain_settings, prune_settings, same_files,
+from conftest import (DOMAINS, ROOT, at_draw, flags, flip, pretrain_settings, prune_settings, same_files,
                       train_lines, without_speed)
 from safetensors.torch import load_file
 
 import pretrain
 import prune
-from checkpoint import all_checkpoints, damage
 from settings import Interrupted, UserError
+from weights import all_checkpoints, damage
 
 STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
 STEERED = dict(update="doremi", reference_loss=dict.fromkeys(DOMAINS, 3.0))
@@ -174,13 +174,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, data_dir, source, stag
     main(dataclasses.replace(cfg, resume=True))
     main(make(data_dir, tmp_path / "whole", source))
     assert_same_run(tmp_path / "whole", small_disk / "out")
-
-
-def flip(path: Path) -> None:
-    """One bit in the middle."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 DAMAGES = {"flipped": flip, "cut": lambda p: p.write_bytes(p.read_bytes()[:-9]), "gone": Path.unlink,

@@ -25,15 +25,16 @@ import pytest
 import zstandard
 from conftest import ROOT, flags, prune_settings, random_model, tiny_config, write_tokens
 
-import checkpoint
+import weights
 import convert
 import settings
-from checkpoint import load_weights, read_model_config, read_state, write_model
+from checkpoint import read_state
 from data import open_split
 from model import ModelConfig, Transformer
 from prepare import read_documents
 from prune import PruneSettings
 from settings import UserError, parse_args
+from weights import load_weights, read_model_config, write_model
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 2))
 HANG, MEMORY = 20, 1000  # seconds for one input; MB that the process may grow by
@@ -323,7 +324,7 @@ def ring(*_) -> None:
 @pytest.fixture
 def quick(monkeypatch):
     """No syncing to disk, no reading of comments, and an alarm for what hangs."""
-    monkeypatch.setattr(checkpoint, "fsync", lambda path: None)
+    monkeypatch.setattr(weights, "fsync", lambda path: None)
     monkeypatch.setattr(settings, "setting_docs", functools.cache(settings.setting_docs))
     before = signal.signal(signal.SIGALRM, ring)
     yield

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import pretrain
 import prune
-from checkpoint import load_weights
 from data import evaluate, open_run_data
 from l0 import L0, mask_sets
 from model import Transformer
 from runtime import Processes, clip_and_step, lr_factor, make_optimizer
 from settings import UserError, run_stage
+from weights import load_weights
 
 STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
 SAME_SIZE = dict.fromkeys(TARGET) | dict(pruning_modules=())  # target None: the source's
