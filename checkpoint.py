@@ -6,8 +6,8 @@ each file.  Nothing in it depends on the number of ranks, and nothing is pickled
 """
 
 import dataclasses
+import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -29,7 +29,9 @@ from tokenizer import load_tokenizer
 from weights import (all_checkpoints, damage, latest_checkpoint, new_folder, part_of, read_tensors, verified, write_assets,
                      write_manifest, write_tensors)
 
-FIXED = ("seed", "seq_len", "split", "count", "pruning_modules", "domain_weights", "reference_loss")  # through a resume
+# Settings that a resumed run must keep, as it must its target_* and its tokens.
+FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
+         "reference_loss", "start_sparsity")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -85,8 +87,9 @@ def save_checkpoint(cfg: TrainSettings, state: RunState, processes: Processes, *
                 pass
 
     if processes.rank:
-        for _ in gathered:
-            pass
+        for tensor in gathered:
+            if tensor.is_cuda:  # or all gathers are queued at once, and the last one times out while rank 0 writes the first
+                torch.cuda.synchronize(tensor.device)
     processes.on_main(write)
 
 
@@ -102,21 +105,26 @@ def save_masks(out_dir: str | Path, masks: nn.Module, step: int) -> None:
 
 
 def newest_whole(out_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole, None if there is none at all.
+    """The newest checkpoint that is whole, None if there was never one.
 
-    A damaged one is named on stderr and put aside as *.damaged.  Raises UserError if all are damaged.
+    Damaged ones that are newer are named on stderr and put aside as *.damaged.  Raises UserError if all are damaged.
     """
-    folders = all_checkpoints(out_dir)
-    for folder in reversed(folders):
-        wrong = damage(folder)
-        if not wrong:
-            return folder
-        aside = next(p for i in itertools.count() if not (p := folder.with_name(f"{folder.name}.damaged{i or ''}")).exists())
-        os.rename(folder, aside)
-        print(f"WARNING: {folder} is damaged ({wrong}); it is now {aside.name}, and the checkpoint before it is used",
-              file=sys.stderr, flush=True)
-    check(not folders, f"every checkpoint in {out_dir} is damaged; copy one back from elsewhere, or start over in another "
-          "out_dir")
+    damaged = []
+    for folder in reversed(all_checkpoints(out_dir)):
+        if wrong := damage(folder):
+            damaged.append((folder, wrong))
+            continue
+        for bad, wrong in damaged:
+            aside, n = bad.with_name(f"{bad.name}.damaged"), 1
+            while aside.exists():
+                aside, n = bad.with_name(f"{bad.name}.damaged{n}"), n + 1
+            os.rename(bad, aside)
+            print(f"WARNING: {bad} is damaged ({wrong}); it is now {aside.name}, and {folder.name} is used", file=sys.stderr,
+                  flush=True)
+        return folder
+    check(not damaged and not any(out_dir.glob("step_*.damaged*")), f"no checkpoint in {out_dir} is whole: "
+          + "; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged[:3]) + "; mend or copy one back, or begin in "
+          "another out_dir")
     return None
 
 
@@ -124,8 +132,20 @@ def delete_old(out_dir: Path, keep_last: int, keep_every: int) -> None:
     """Delete all checkpoints but the newest keep_last (0: all stay) and those whose step divides by keep_every."""
     for folder in all_checkpoints(out_dir)[:-keep_last] if keep_last else []:
         if not keep_every or int(folder.name[5:]) % keep_every:
-            os.rename(folder, gone := folder.with_name(folder.name + ".tmp"))  # half a checkpoint must not look like one
-            shutil.rmtree(gone)
+            gone = folder.with_name(folder.name + ".tmp")  # half a checkpoint must not look like one
+            try:
+                os.rename(folder, gone)
+                remove(gone)
+            except OSError as error:
+                print(f"warning: cannot delete {folder}: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def remove(folder: Path) -> None:
+    """A folder, or a link to one that lies elsewhere."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @torch.no_grad()
@@ -146,9 +166,15 @@ def start_run(cfg: TrainSettings, data: RunData) -> tuple[RunState, Path | None,
     For rank 0 (`Processes.on_main`).  Raises UserError.
     """
     out_dir = Path(cfg.out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock(out_dir)
+        for left in out_dir.glob("step_*.tmp"):  # of a process that was killed
+            remove(left)
+    except OSError as error:
+        raise UserError(f"cannot write {out_dir}: {error.strerror or error}") from None
     with user_errors():
-        with verified(cfg.init_from):
-            assets = carried_assets(cfg, data)
+        assets = carried_assets(cfg, data)
         latest = latest_checkpoint(out_dir)
         check(cfg.resume or latest is None, f"{out_dir} holds a run already ({latest and latest.name}); go on with "
               "--resume, or choose another out_dir")
@@ -158,14 +184,21 @@ def start_run(cfg: TrainSettings, data: RunData) -> tuple[RunState, Path | None,
         else:
             check(cfg.resume or not (out_dir / "metrics.jsonl").exists(), f"{out_dir} holds the metrics of a run without a "
                   "checkpoint; start it over with --resume, or choose another out_dir")
-            state = fresh_state(cfg, data)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for left in out_dir.glob("step_*.tmp"):  # of a process that was killed
-            shutil.rmtree(left)
-    except OSError as error:
-        raise UserError(f"cannot write {out_dir}: {error.strerror}") from None
+            with verified(cfg.init_from):
+                state = fresh_state(cfg, data)
     return state, folder, assets
+
+
+def lock(out_dir: Path) -> None:
+    """Raises UserError if another process trains in this folder.  The lock ends with this process."""
+    global lock_file
+    lock_file = (out_dir / ".lock").open("w")
+    try:
+        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process trains in {out_dir}; wait for it, or choose another out_dir") from None
+    except OSError as error:  # a file system without locks
+        print(f"note: {out_dir} cannot be locked ({error.strerror}): see that no second run writes there", flush=True)
 
 
 def fresh_state(cfg: TrainSettings, data: RunData) -> RunState:
@@ -176,7 +209,12 @@ def fresh_state(cfg: TrainSettings, data: RunData) -> RunState:
     if reference:  # a domain without evaluation tokens needs none, and a run's own file has none for it
         measured = {s.domain for s in data.eval if s.n_windows} | reference.keys()
         check_same_domains("reference_loss", reference, {d: w for d, w in weights.items() if d in measured})
-    return RunState(0, weights, dict.fromkeys(domains, 0), reference)
+    return RunState(0, weights, dict.fromkeys(domains, 0), reference, tokens=fingerprints(data))
+
+
+def fingerprints(data: RunData) -> dict[str, str]:
+    """What tells each domain's training tokens from others: a hash of their files' checksums."""
+    return {s.domain: hashlib.sha256("".join(want for _, want in s.checksums).encode()).hexdigest() for s in data.train}
 
 
 def resumed_state(cfg: TrainSettings, data: RunData, folder: Path) -> RunState:
@@ -186,8 +224,11 @@ def resumed_state(cfg: TrainSettings, data: RunData, folder: Path) -> RunState:
           f"{', '.join(state.domain_weights)}, not on {', '.join(data.domains)}")
     before, now = read_json(folder.parent / "config.json"), json.loads(json.dumps(dataclasses.asdict(cfg)))
     check(isinstance(before, dict), f"{folder.parent / 'config.json'} is not a JSON object; it must hold the run's settings")
-    odd = [n for n in now if (n in FIXED or n.startswith("target_")) and now[n] != before.get(n)]
-    check(not odd, f"{folder.parent} was begun with other {', '.join(odd)} (see config.json); a resumed run must keep them")
+    odd = [f"{n} = {before.get(n)!r}, not {now[n]!r}" for n in now
+           if (n in FIXED or n.startswith("target_")) and now[n] != before.get(n)]
+    check(not odd, f"{folder.parent} was begun with {'; '.join(odd)}; a resumed run must keep that")
+    other = [d for d, was in state.tokens.items() if fingerprints(data)[d] != was]
+    check(not other, f"{folder.parent} was begun with other training tokens of {', '.join(other)} than {cfg.data_dir} has")
     check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
     return state
 

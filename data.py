@@ -94,7 +94,9 @@ def open_split(data_dir: str | Path, domain: str, split: str, seq_len: int) -> S
             if index[key] != indexes[0][key]:
                 raise ValueError(f"{path}: {key} = {index[key]} differs from {paths[0].name}'s {indexes[0][key]}")
         file = path.with_suffix(".bin")
-        size, want_size = file.stat().st_size if file.exists() else -1, index["n_tokens"] * np.dtype(index["dtype"]).itemsize
+        if not file.exists():
+            raise ValueError(f"{file} is missing, but its index is there; copy it again or run prepare.py again")
+        size, want_size = file.stat().st_size, index["n_tokens"] * np.dtype(index["dtype"]).itemsize
         if size != want_size:
             raise ValueError(f"{file} has {size} bytes, its index says {want_size}; copy it again or run prepare.py again")
         # an empty file cannot be mapped
@@ -298,8 +300,8 @@ def evaluate(model, masks: dict[str, Tensor], splits: list[Split], cfg, processe
     means = {s.domain: float(values[domains == d].mean()) if (domains == d).any() else None for d, s in enumerate(splits)}
     for domain, loss in means.items():
         if loss is not None and not math.isfinite(loss):
-            raise ValueError(f"the evaluation loss of domain {domain} is {loss}: the weights are damaged, or the model "
-                             "does not belong to these tokens")
+            raise ValueError(f"the evaluation loss of domain {domain} is {loss}: training diverged (put the newest step_* "
+                             "aside, --resume with a lower learning_rate), or the model does not belong to these tokens")
     return means
 
 

@@ -24,6 +24,7 @@ from l0 import L0
 from model import ModelConfig, Transformer
 from runtime import PEAK_FLOPS, Processes, RunState, clip_and_step, make_optimizer
 from settings import TrainSettings, UserError, check, user_errors
+from weights import all_checkpoints
 
 MFU = (0.3, 0.4, 0.5)  # shares of a device's peak that the hours are told for
 GB = 1e9
@@ -130,16 +131,17 @@ def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
              f"tokens a step        {tokens:,} = {devices} devices x {int(accum)} micro-steps x {cfg.micro_batch_size} "
              f"sequences x {cfg.seq_len}",
              f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps",
-             f"GB on each device    {'checkpointing=False':>20}{'checkpointing=True':>20}   ({cfg.parallel}, of a step, "
-             "context and fragmentation aside)"]
+             f"GB on each device    {'checkpointing=False':>20}{'checkpointing=True':>20}   ({cfg.parallel}; without the "
+             f"device's context and what its allocator loses; this run: checkpointing={cfg.checkpointing})"]
     plain, saving = (per_device(shape, sets, cfg, devices, checkpointing=c) for c in (False, True))
     lines += [f"  {name:<19}{plain[name] / GB:>20.2f}{saving[name] / GB:>20.2f}" for name in plain]
     lines += [f"operations           {flops:.3g} ({flops / tokens / cfg.max_steps:.3g} a token, recomputing left out)",
               f"hours at an MFU of   {''.join(f'{mfu:>10.0%}' for mfu in MFU)}"]
     lines += [f"  {devices} x {name:<15}" + "".join(f"{flops / (devices * PEAK_FLOPS[name] * mfu) / 3600:>10.2f}"
                                                     for mfu in MFU) for name in ("A100", "H100")]
-    n, size = checkpoints(cfg, 0), checkpoint_bytes(shape, sets)
-    return "\n".join([*lines, f"disk                 {n * size / GB:,.1f} GB: {n} checkpoints of {size / GB:.2f}"])
+    n, size = checkpoints(cfg, 0, []), checkpoint_bytes(shape, sets)
+    lines += [f"disk                 {amount(n * size)}: checkpoints of {amount(size)}, at most {n} at once"]
+    return "\n".join(lines)
 
 
 def checkpoint_bytes(shape: ModelConfig, sets: dict) -> int:
@@ -147,15 +149,22 @@ def checkpoint_bytes(shape: ModelConfig, sets: dict) -> int:
     return 12 * (shape.n_params() + sum(math.prod(s) for s, _ in sets.values()))
 
 
-def checkpoints(cfg: TrainSettings, first: int) -> int:
-    """The most that a run from step `first` has on the disk at once of those that it writes (at most one too many)."""
-    last = cfg.max_steps // cfg.save_interval * cfg.save_interval
-    steps = [*range((first // cfg.save_interval + 1) * cfg.save_interval, last + 1, cfg.save_interval)]
-    steps += [cfg.max_steps] if cfg.max_steps > max(last, first) else []
-    if not cfg.keep_last:
-        return len(steps)
-    kept = set(steps[-cfg.keep_last:]) | {s for s in steps if cfg.keep_every and s % cfg.keep_every == 0}
-    return min(len(steps), len(kept) + 1)  # an old one goes when a new one is there
+def checkpoints(cfg: TrainSettings, first: int, there: list[int]) -> int:
+    """The most checkpoints on the disk at once in a run from step `first`, those of the steps `there` counted too."""
+    kept, most = list(there), len(there)
+    steps = range((first // cfg.save_interval + 1) * cfg.save_interval, cfg.max_steps, cfg.save_interval)
+    for step in [*steps, *[cfg.max_steps] * (first < cfg.max_steps)]:
+        kept.append(step)
+        most = max(most, len(kept))  # an old one goes when a new one is there
+        if cfg.keep_last:
+            old = [s for s in kept[:-cfg.keep_last] if cfg.keep_every and s % cfg.keep_every == 0]
+            kept = old + kept[-cfg.keep_last:]
+    return most
+
+
+def amount(n: float) -> str:
+    """Bytes for people."""
+    return f"{n / GB:,.1f} GB" if n >= GB else f"{n / 1e6:.1f} MB"
 
 
 def preflight(cfg: TrainSettings, processes: Processes, shape: ModelConfig, sets: dict, data: RunData,
@@ -166,27 +175,30 @@ def preflight(cfg: TrainSettings, processes: Processes, shape: ModelConfig, sets
     for s in data.train:
         epochs = (state.cursors[s.domain] + state.domain_weights[s.domain] * sequences) / s.n_windows
         if epochs > 1:
-            check(cfg.on_exhausted == "wrap", f"domain {s.domain} would be used up: {epochs:.2f} epochs at its weight of "
-                  f"{state.domain_weights[s.domain]:.4f}, and on_exhausted = error; prepare more of it, lower its weight or "
-                  "max_steps, or take --on_exhausted=wrap")
-            processes.say(f"note: domain {s.domain} will be read {epochs:.2f} times at its present weight")
+            moving = cfg.update == "doremi"  # the weights may yet leave enough of it: the run itself watches
+            share = state.domain_weights[s.domain]
+            found = f"domain {s.domain} has tokens for 1 of {epochs:.2f} epochs at its weight of {share:.4f}"
+            check(cfg.on_exhausted == "wrap" or moving, f"{found}, and on_exhausted = error; prepare more of it, lower its "
+                  "weight or max_steps, or take --on_exhausted=wrap")
+            processes.say(f"note: {found}")
     if cfg.verify_data:
+        processes.say("comparing the token files with their checksums")
         with user_errors():
             verify_tokens(data)
-    n, size = checkpoints(cfg, state.step), checkpoint_bytes(shape, sets)
+    there = [int(path.name[5:]) for path in all_checkpoints(cfg.out_dir)]
+    n, size = checkpoints(cfg, state.step, there) - len(there), checkpoint_bytes(shape, sets)  # more than now, at most
     try:
         free = shutil.disk_usage(cfg.out_dir).free
     except OSError as error:
         raise UserError(f"cannot tell how much room {cfg.out_dir} has: {error.strerror}") from None
-    one = f"{size / GB:.2f} GB"
-    check(free >= min(n, 2) * size, f"{Path(cfg.out_dir).resolve()} has {free / GB:.2f} GB free, and one checkpoint takes "
-          f"{one}; make room for two, or choose another out_dir")
+    check(free >= min(n, 1) * size, f"{Path(cfg.out_dir).resolve()} has {amount(free)} free, and a checkpoint takes "
+          f"{amount(size)}; make room, or choose another out_dir")
     if free < n * size:
-        processes.say(f"warning: {n} checkpoints of {one} will not fit into the {free / GB:.1f} GB free; make room, save "
-                      "less often (save_interval), or let old ones go (keep_last)")
+        processes.say(f"warning: {n} more checkpoints of {amount(size)} will not fit into the {amount(free)} free: make "
+                      "room, save less often (save_interval), or let old ones go (keep_last)")
     tokens = cfg.global_batch_size * cfg.seq_len
     processes.say(f"steps {state.step:,} to {cfg.max_steps:,} of {tokens:,} tokens on {processes.world} x "
                   f"{processes.device.type} ({cfg.parallel if processes.world > 1 else 'alone'}, "
                   f"{str(processes.dtype).removeprefix('torch.')}): {sequences * cfg.seq_len:,} tokens, "
                   f"{shape.train_flops_per_token(cfg.seq_len) * sequences * cfg.seq_len:.2g} operations, "
-                  f"{n} checkpoints of {one}, {free / GB:,.0f} GB free")
+                  f"{n} more checkpoints of {amount(size)}, {amount(free)} free")

@@ -78,26 +78,28 @@ def main(cfg: PretrainSettings) -> None:
     if cfg.plan:
         return print(report(cfg, shape, {}))
     processes = start_processes(cfg)
+    signals = Signals(processes)
     with user_errors():
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=shape.vocab_size, context_length=shape.context_length)
         check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
     state, checkpoint, assets = processes.on_main(start_run, cfg, data)
+    if checkpoint is not None:
+        processes.say(f"going on from {checkpoint}")
     processes.say(f"{shape.n_params():,} parameters")
     processes.on_main(preflight, cfg, processes, shape, {}, data, state)
     model, optimizer = build(cfg, shape, checkpoint, processes)
-    train(cfg, processes, data, sampler, state, model, optimizer, assets)
+    train(cfg, processes, signals, data, sampler, state, model, optimizer, assets)
 
 
-def train(cfg: PretrainSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState,
+def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
           model: Transformer, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
     """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
-    signals = Signals(processes)
     first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps

@@ -124,12 +124,15 @@ def main(cfg: PruneSettings) -> None:
     if cfg.plan:
         return print(report(cfg, source, sets))
     processes = start_processes(cfg)
+    signals = Signals(processes)
     with user_errors():
         data = open_run_data(cfg.data_dir, list(by_domain("domain_weights", cfg.domain_weights)), split=cfg.split,
                              seq_len=cfg.seq_len, vocab_size=source.vocab_size, context_length=source.context_length)
         check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
     state, checkpoint, assets = processes.on_main(start_run, cfg, data)
+    if checkpoint is not None:
+        processes.say(f"going on from {checkpoint}")
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
     processes.on_main(preflight, cfg, processes, source, sets, data, state)
@@ -137,21 +140,20 @@ def main(cfg: PruneSettings) -> None:
         processes.say(f"warning: the run ends at step {cfg.max_steps}, before its target sparsity is reached at step "
                       f"{cfg.lagrangian_warmup_steps}")
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
-    train(cfg, processes, data, sampler, state, model, masks, optimizer, target, assets)
+    train(cfg, processes, signals, data, sampler, state, model, masks, optimizer, target, assets)
     for name, (dead, between) in masks.undecided().items():
         asked = masks.target_sparsity(name, cfg.max_steps, warmup=0)
         processes.say(f"{name}: expected sparsity {float(masks.sparsity()[name].detach().mean()):.4f}, "
                       f"the target's {asked:.4f}; {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
 
 
-def train(cfg: PruneSettings, processes: Processes, data: RunData, sampler: Sampler, state: RunState, model: Transformer,
-          masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig, assets: list[Path]) -> None:
+def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
+          model: Transformer, masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig, assets: list[Path]) -> None:
     """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
-    signals = Signals(processes)
     log_alphas, first = list(masks.log_alpha.values()), state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps

@@ -39,6 +39,7 @@ class RunState:
     evaluated: int = -1  # the step of the last evaluation
     skipped: int = 0  # steps skipped for a non-finite gradient
     unlogged: dict[str, float] = field(default_factory=dict)  # what Metrics has added up since its last line
+    tokens: dict[str, str] = field(default_factory=dict)  # fingerprint of each domain's training tokens
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def start_processes(settings: TrainSettings) -> Processes:
     """Join the process group that torchrun describes, if any, and choose the device.  Raises UserError."""
     rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     # github.com/pytorch/pytorch/issues/135712: a restart would look for the processes that are no more
-    check(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True",
-          "torchrun --max-restarts works only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
+    stale = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    check(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or not stale, "torchrun --max-restarts works only with "
+          "--standalone or --rdzv-backend=c10d, and with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
     kind = settings.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -180,7 +182,7 @@ class Signals:
             self.work = dist.all_reduce(self.sent, dist.ReduceOp.MAX, group=self.cpus, async_op=True)
         if number == 0:
             return None
-        return Interrupted(f"stopped by {signal.Signals(number).name} and saved at step {step}; go on with --resume")
+        return Interrupted(f"stopped by {signal.Signals(number).name} after step {step}; go on with --resume")
 
     def agreed(self) -> int:
         """The signal that any rank had received one step ago, or 0."""
@@ -267,6 +269,13 @@ def peak_flops(processes: Processes) -> float | None:
     return None if peak is None else peak * processes.world
 
 
+def replace(new: Path, old: Path) -> None:
+    """Give a file the name of another, which after a crash is the one or the other."""
+    with new.open() as file:
+        os.fsync(file.fileno())
+    os.replace(new, old)
+
+
 class Metrics:
     """metrics.jsonl of a run, TensorBoard or W&B beside it, and the progress bar.  Only rank 0 writes.
 
@@ -291,11 +300,13 @@ class Metrics:
         path = Path(self.settings.out_dir) / "metrics.jsonl"
         step, logger = self.state.step, self.settings.logger
         try:
-            path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
             old = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             cut = path.with_suffix(".tmp")
             cut.write_text("".join(x for x in old if x.endswith("\n") and json.loads(x)["step"] <= step))
-            os.replace(cut, path)
+            replace(cut, path)
+            config = path.with_name("config.json")
+            config.with_suffix(".tmp").write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
+            replace(config.with_suffix(".tmp"), config)
             self.file = path.open("a", buffering=1)  # by line
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
@@ -334,7 +345,9 @@ class Metrics:
         self.steps += 1
 
     def hold(self) -> None:
-        """Put what no line holds yet into the state that is about to be saved.  Every rank calls it."""
+        """Put what no line holds yet into the state that is about to be saved, and the lines onto the disk."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
         self.state.unlogged = {"in_row": float(self.in_row)} if self.in_row else {}
         if self.steps:
             loss = self.processes.sum(self.sums["loss"].clone()) / self.processes.world

@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """A signal stopped a run, which is saved: a scheduler that sees this status may queue it again."""
+    """A signal stopped a run: a scheduler that sees this status may queue it again, to go on where it was."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -263,7 +263,7 @@ class TrainSettings:
     keep_last: int = 0  # delete all but so many of the newest checkpoints; 0: keep all
     keep_every: int = 0  # but never those of steps that divide by this; 0: no such step
     log_interval: int = 1  # steps between lines of metrics.jsonl
-    max_skipped: int = 20  # steps in a row whose gradient is not finite, and which are skipped, before the run stops
+    max_skipped: int = 20  # skipped steps in a row, for a gradient that is not finite, that stop the run at a log line
     timeout_minutes: float = 10.0  # a process that waits longer than this for another one in a step ends the run
     logger: typing.Literal["none", "tensorboard", "wandb"] = "none"  # a second place for the metrics
 

@@ -215,9 +215,9 @@ def write_manifest(folder: Path, digests: dict[str, str]) -> None:
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        fsync(path)
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256(path)}
+        fsync(path)
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
     wrong = damage(folder)
     check(wrong == "", f"{folder}: {wrong}, right after it was written: the disk or the memory is faulty")
@@ -226,7 +226,7 @@ def write_manifest(folder: Path, digests: dict[str, str]) -> None:
 def damage(folder: Path, *, unread: tuple[str, ...] = ()) -> str:
     """What is wrong with a checkpoint by its manifest: a file missing, of another size or checksum; "" if nothing is.
 
-    unread: files that do not matter.
+    unread: files that do not matter.  Raises UserError if the disk does not answer: that is no damage.
     """
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -240,8 +240,10 @@ def damage(folder: Path, *, unread: tuple[str, ...] = ()) -> str:
                 return f"{name} differs from its checksum in manifest.json"
         unknown = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json", *files}
         return f"manifest.json does not know {sorted(unknown)[0]}" if unknown else ""
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror or error}"
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json is damaged: {type(error).__name__} {error}"
 

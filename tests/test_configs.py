@@ -58,7 +58,7 @@ def test_published_recipe(name, shape, n_params):
     assert (cfg.learning_rate, cfg.mask_learning_rate, cfg.multiplier_learning_rate) == (1e-4, 1, 1)
     assert more.learning_rate == 1e-4
     assert (cfg.warmup_steps, cfg.lagrangian_warmup_steps, more.warmup_steps) == (320, 640, 1440)
-    assert (cfg.eval_interval, more.eval_interval, cfg.save_interval, more.save_interval) == (50, 400, 3200, 3200)
+    assert (cfg.eval_interval, more.eval_interval, cfg.save_interval, more.save_interval) == (50, 400, 400, 3200)
     assert cfg.reference_loss == more.reference_loss  # the released script of 1.3B took the 2.7B model's
     assert cfg.excess == more.excess == "signed"
     assert list(cfg.domain_weights) == ["cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4-rp"]

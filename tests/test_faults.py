@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (DOMAINS, ROOT, at_draw, flags, flip, pretrain_settings, prune_settings, same_files,
-                      train_lines, without_speed)
+                      text_like, train_lines, without_speed, write_tokens)
 from safetensors.torch import load_file
 
 import pretrain
@@ -62,7 +62,7 @@ def test_resume_after_any_step_is_bit_identical(tmp_path, data_dir, source, stag
     main(make(data_dir, tmp_path / "whole", source, **changes))
     cfg = make(data_dir, tmp_path / "parts", source, **changes)
     for step in range(1, 7):
-        with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"SIGTERM and saved at step {step}"):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"SIGTERM after step {step}"):
             at_draw(patch, step - 1, lambda: None)
             at_draw(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
             main(cfg)
@@ -84,7 +84,7 @@ def test_a_signal_saves_and_asks_to_be_queued_again(tmp_path, data_dir, source, 
     folder, = all_checkpoints(tmp_path / "parts")
     step = int(folder.name[5:])
     assert process.returncode == 75 and 14 <= step < 100
-    assert err == f"{stage}.py: stopped by {number.name} and saved at step {step}; go on with --resume\n"
+    assert err == f"{stage}.py: stopped by {number.name} after step {step}; go on with --resume\n"
     main(dataclasses.replace(cfg, resume=True))
     main(make(data_dir, tmp_path / "whole", source, **changes))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -100,7 +100,7 @@ def test_a_signal_under_torchrun_stops_all_ranks_at_one_step(tmp_path, data_dir,
     step = int(folder.name[5:])
     assert damage(folder) == "" and 3 <= step < 300
     said = [line for line in err.splitlines() if line.startswith("prune.py: ")]
-    assert said == [f"prune.py: stopped by SIGUSR1 and saved at step {step}; go on with --resume"]
+    assert said == [f"prune.py: stopped by SIGUSR1 after step {step}; go on with --resume"]
     assert process.returncode != 0 and "Traceback" not in err.split("torch/distributed")[0]
     end = dict(max_steps=step + 5, resume=True)
     prune.main(dataclasses.replace(cfg, **end))  # one process goes on
@@ -115,7 +115,7 @@ def test_twenty_kills(tmp_path, data_dir, source):
     rng, during_save, steps = random.Random(0), 0, set()
     for kill in range(20):
         for left in (tmp_path / "parts").glob("*.tmp"):
-            left.rename(left.with_suffix(".left"))
+            left.rename(left.with_suffix(f".left{kill}"))
         process = start("prune", cfg)
         if kill % 2:
             while not list((tmp_path / "parts").glob("*.tmp")) and process.poll() is None:
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, data_dir, source, stag
         main(cfg)
     folder, = all_checkpoints(small_disk / "out")
     assert folder.name == "step_0000003" and damage(folder) == "" and not list((small_disk / "out").glob("*.tmp"))
-    with pytest.raises(UserError, match=r"0\.00 GB free, and one checkpoint takes"):  # told before the first step
+    with pytest.raises(UserError, match=r" 0\.0 MB free, and a checkpoint takes 0\.4 MB"):  # told before the first step
         main(dataclasses.replace(cfg, resume=True))
     (small_disk / "filler").unlink()
     main(dataclasses.replace(cfg, resume=True))
@@ -197,8 +197,53 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path, d
     shutil.copytree(pruned, tmp_path / "out")
     for folder in all_checkpoints(tmp_path / "out"):
         flip(folder / "optimizer.safetensors")
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
-        prune.main(prune_settings(data_dir, tmp_path / "out", source, resume=True))
+    cfg = prune_settings(data_dir, tmp_path / "out", source, resume=True)
+    for _ in range(2):  # nor when a scheduler tries again
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole: step_0000006: optimizer\.safetensors differs"):
+            prune.main(cfg)
+    for folder in all_checkpoints(tmp_path / "out"):
+        folder.rename(folder.with_suffix(".damaged"))
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        prune.main(cfg)
+    assert without_speed(tmp_path / "out") == without_speed(pruned)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(seed=5), "begun with seed = 1234, not 5"), (dict(global_batch_size=16), "global_batch_size = 8, not 16"),
+    (dict(target_hidden_size=16), "target_hidden_size = 20, not 16"),
+    (dict(data_dir="other"), "other training tokens of play")])
+def test_what_a_resumed_run_must_keep(tmp_path, data_dir, source, pruned, change, said):
+    shutil.copytree(pruned, tmp_path / "out")
+    if "data_dir" in change:
+        change = dict(data_dir=str(shutil.copytree(data_dir, tmp_path / "other")))
+        write_tokens(tmp_path / "other", "play", "train", text_like(20_000, seed=99))
+    cfg = prune_settings(data_dir, tmp_path / "out", source, resume=True, max_steps=9)
+    with pytest.raises(UserError, match=said):
+        prune.main(dataclasses.replace(cfg, **change))
+    prune.main(dataclasses.replace(cfg, learning_rate=1e-4, micro_batch_size=4, eval_interval=2))  # these it need not
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, data_dir, source):
+    cfg = pretrain_settings(data_dir, tmp_path / "out", source, max_steps=1000, save_interval=5)
+    process = start("pretrain", cfg)
+    wait_for_lines(tmp_path / "out", 3, process)
+    with pytest.raises(UserError, match="another process trains in"):
+        pretrain.main(dataclasses.replace(cfg, resume=True))
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    lines = train_lines(tmp_path / "out")
+    assert [x["step"] for x in lines] == list(range(1, len(lines) + 1))
+
+
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path, data_dir, source):
+    cfg = pretrain_settings(data_dir, tmp_path / "out", source, keep_last=2)
+    pretrain.main(cfg)
+    shutil.move(tmp_path / "out" / "step_0000003", tmp_path / "elsewhere")
+    (tmp_path / "out" / "step_0000003").symlink_to(tmp_path / "elsewhere")
+    pretrain.main(dataclasses.replace(cfg, resume=True, max_steps=9))
+    assert [p.name for p in all_checkpoints(tmp_path / "out")] == ["step_0000006", "step_0000009"]
+    assert damage(tmp_path / "elsewhere") == ""  # what lies elsewhere is not ours to delete
 
 
 def test_a_flipped_bit_in_the_tokens_is_found(tmp_path, data_dir, source):
@@ -215,7 +260,7 @@ def test_old_checkpoints_go(tmp_path, data_dir, source):
     pretrain.main(cfg)
     assert [int(p.name[5:]) for p in all_checkpoints(tmp_path / "out")] == [4, 8, 10, 11]
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith("step")) == [
-        "config.json", "metrics.jsonl"]
+        ".lock", "config.json", "metrics.jsonl"]
 
 
 # ---- a rank that leaves

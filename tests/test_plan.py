@@ -85,7 +85,7 @@ def test_the_plan_of_the_7b_run_needs_its_config_alone(tmp_path):
             if re.fullmatch(r"  \w+ +[\d.]+ +[\d.]+", line)}
     assert rows["weights"] == rows["gradients"] == [3.37, 3.37] and rows["optimizer"] == [6.74, 6.74]  # 4, 4, 8 bytes / 8
     assert rows["peak"][0] > 80 > 40 > rows["peak"][1]  # an 80 GB device needs checkpointing, and then has room
-    assert re.search(r"disk +80\.9 GB: 1 checkpoints of 80\.8", done.stdout)
+    assert re.search(r"disk +242\.6 GB: checkpoints of 80\.9 GB, at most 3 at once", done.stdout)
 
 
 def test_sharding_divides_what_is_sharded(data_dir, source):
@@ -106,20 +106,13 @@ def test_a_plan_writes_nothing_and_refuses_what_does_not_divide(tmp_path, source
         prune.main(dataclasses.replace(cfg, plan=3))
 
 
-@pytest.mark.parametrize("max_steps, save_interval, keep_last, keep_every, first", [
-    (10, 3, 0, 0, 0), (10, 3, 2, 0, 0), (10, 5, 0, 0, 0), (9, 2, 1, 4, 0), (9, 2, 1, 4, 5), (40, 3, 2, 9, 0),
-    (7, 100, 3, 0, 0), (10, 5, 0, 0, 10), (12, 2, 20, 0, 3)])
-def test_checkpoints_are_counted_as_they_come_and_go(source, max_steps, save_interval, keep_last, keep_every, first):
-    cfg = pretrain_settings("data", "out", source, max_steps=max_steps, save_interval=save_interval, keep_last=keep_last,
-                            keep_every=keep_every)
-    there, most = [], 0
-    for step in range(first + 1, max_steps + 1):
-        if step % save_interval == 0 or step == max_steps:
-            there.append(step)
-            most = max(most, len(there))
-            if keep_last:
-                there = [s for s in there if s in there[-keep_last:] or (keep_every and s % keep_every == 0)]
-    assert most <= checkpoints(cfg, first) <= most + bool(keep_every)
+@pytest.mark.parametrize("changes, first, there, most", [
+    (dict(max_steps=10, save_interval=3), 0, [], 4), (dict(max_steps=10, save_interval=3, keep_last=2), 0, [], 3),
+    (dict(max_steps=10, save_interval=5), 10, [5, 10], 2), (dict(max_steps=7, save_interval=100, keep_last=3), 0, [], 1),
+    (dict(max_steps=9, save_interval=2, keep_last=1, keep_every=4), 0, [], 3),  # 4, 8 and 9, after 4, 6 and 8
+    (dict(max_steps=40, save_interval=3, keep_last=1), 6, [6], 2), (dict(max_steps=9, save_interval=3), 3, [3], 3)])
+def test_checkpoints_are_counted_as_they_come_and_go(source, changes, first, there, most):
+    assert checkpoints(pretrain_settings("data", "out", source, **changes), first, there) == most
 
 
 def test_the_size_of_a_checkpoint(pruned):
@@ -137,23 +130,33 @@ def test_a_disk_without_room_is_told_first(tmp_path, data_dir, source, monkeypat
     cfg = pretrain_settings(data_dir, tmp_path / "out", source, save_interval=1)
     one = checkpoint_bytes(tiny_config(), {})
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(0, 0, 2 * one - 1))
-    with pytest.raises(UserError, match=r"has 0\.00 GB free, and one checkpoint takes 0\.00 GB; make room for two"):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(0, 0, one - 1))
+    with pytest.raises(UserError, match=r"has 0\.4 MB free, and a checkpoint takes 0\.4 MB; make room"):
         pretrain.main(cfg)
-    assert not list((tmp_path / "out").iterdir())
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(0, 0, 3 * one))
     pretrain.main(cfg)
-    assert "warning: 6 checkpoints of 0.00 GB will not fit into the 0.0 GB free" in capsys.readouterr().out
+    assert "warning: 6 more checkpoints of 0.4 MB will not fit into the 1.3 MB free" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out")
     pretrain.main(dataclasses.replace(cfg, keep_last=2))
     assert "will not fit" not in capsys.readouterr().out
+
+
+def test_a_run_that_had_room_may_go_on(tmp_path, data_dir, source, monkeypatch):
+    """Of room for 2.5 checkpoints one takes 1: the next needs 1 more, since the old one goes then."""
+    cfg = pretrain_settings(data_dir, tmp_path / "out", source, keep_last=1)
+    one, usage = checkpoint_bytes(tiny_config(), {}), namedtuple("usage", "total used free")
+    monkeypatch.setattr(plan.shutil, "disk_usage",
+                        lambda path: usage(0, 0, (2.5 - len(list((tmp_path / "out").glob("step*")))) * one))
+    pretrain.main(cfg)
+    pretrain.main(dataclasses.replace(cfg, max_steps=12, resume=True))
 
 
 def test_one_line_says_what_the_run_comes_to(tmp_path, data_dir, source, capsys):
     pretrain.main(pretrain_settings(data_dir, tmp_path / "out", source, save_interval=2))
     operations = tiny_config().train_flops_per_token(32) * 6 * 8 * 32
     assert re.search(r"^steps 0 to 6 of 256 tokens on 1 x cpu \(alone, float32\): 1,536 tokens, "
-                     rf"{operations:.2g} operations, 3 checkpoints of 0\.00 GB, [\d,]+ GB free$".replace("+0", r"\+0"),
+                     rf"{operations:.2g} operations, 3 more checkpoints of 0\.4 MB, [\d,.]+ GB free$".replace("+0", r"\+0"),
                      capsys.readouterr().out, re.M)
 
 

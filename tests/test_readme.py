@@ -41,7 +41,7 @@ def test_command_is_accepted(command):
 
 def test_every_setting_and_file_named_exists():
     names = {f for cls in SETTINGS.values() for f in cls.__dataclass_fields__}
-    named = {n.replace("-", "_") for n in re.findall(r"`--([a-z_]+)", README)} - {"help"}
+    named = {n.replace("-", "_") for n in re.findall(r"`--([a-z_]+)[`= ]", README)} - {"help"}
     assert named <= names
     for path in re.findall(r"`((?:configs/|tests/)?\w+\.py)`", README):
         assert Path(path).is_file(), path

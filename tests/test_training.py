@@ -254,9 +254,9 @@ def test_a_used_up_domain_is_announced_or_stops_the_run(tmp_path, source, capsys
     small = json.loads((tmp_path / "wrap" / "step_0000006" / "state.json").read_text())["cursors"]["small"]
     assert small > 10 and out.count("warning: domain small is used up") == (small - 1) // 10
     assert [line.split()[-1] for line in out.splitlines() if line.startswith("small")] == ["2.40"]  # the budget said so
-    assert "note: domain small will be read 2.40 times at its present weight" in out
+    assert "note: domain small has tokens for 1 of 2.40 epochs at its weight of 0.5000" in out
     error = dataclasses.replace(cfg, out_dir=str(tmp_path / "error"), on_exhausted="error")
-    with pytest.raises(UserError, match=r"domain small would be used up: 2\.40 epochs at its weight of 0\.5000"):
+    with pytest.raises(UserError, match=r"domain small has tokens for 1 of 2\.40 epochs .* and on_exhausted = error"):
         pretrain.main(error)
     assert not (tmp_path / "error" / "metrics.jsonl").exists()
     # a run that sees this only when its weights have moved stops before the step, with all done up to then on the disk
