@@ -144,7 +144,7 @@ def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run([sys.executable, *launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=environment | {"OMP_NUM_THREADS": "1"})
+                          env=environment | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
 
 
 NEEDED = ["--data_dir=data", "--init_from=source"]  # settings of prune.py that have no default, but out_dir
