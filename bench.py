@@ -288,10 +288,12 @@ def matrix_rate(cfg: BenchSettings, processes: Processes) -> float:
     return 2 * 2048**3 / min(seconds)
 
 
-def measure(cfg: BenchSettings, processes: Processes, folder: str) -> dict[str, list[dict[str, float]]]:
+def measure(cfg: BenchSettings, processes: Processes) -> dict[str, list[dict[str, float]]]:
     """Seconds of each phase, for each variant and round."""
     watch = Stopwatch(processes.device, cfg.clock)
-    steps = {v: build(cfg, processes, v, folder, watch) for v in cfg.variants}
+    with tempfile.TemporaryDirectory() as folder:  # what is mapped stays readable when the folder is gone
+        write_tokens(folder, cfg)
+        steps = {v: build(cfg, processes, v, folder, watch) for v in cfg.variants}
     found = {v: [] for v in steps}
     for i in range(cfg.rounds + 1):
         for variant, step in steps.items():
@@ -338,9 +340,7 @@ def main(cfg: BenchSettings) -> None:
     memory = {}
     if cfg.memory and processes.world == 1:
         memory = {v: in_new_process(peak_memory, cfg, v) for v in cfg.variants if v != "gemm"}
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokens(folder, cfg)
-        found = measure(cfg, processes, folder)
+    found = measure(cfg, processes)
     if processes.rank == 0:
         report(cfg, processes, found, matrix_rate(cfg, processes), memory)
 

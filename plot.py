@@ -10,7 +10,6 @@ bandwidths and message sizes alone; every assumption is a number below.
 
 import dataclasses
 import statistics
-import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,8 +62,7 @@ def growth(cfg: PlotSettings) -> None:
         seconds, flops = [], []
         for _, step in sizes:
             step = dataclasses.replace(step, rounds=cfg.rounds)
-            with tempfile.TemporaryDirectory() as folder:
-                rounds = measure(step, start_processes(step.train_settings()), folder)["dense"]
+            rounds = measure(step, start_processes(step.train_settings()))["dense"]
             seconds.append(statistics.median(sum(r.values()) for r in rounds))
             flops.append(step.micro_batch_size * step.seq_len * step.shape.train_flops_per_token(step.seq_len))
         x = [size for size, _ in sizes]
