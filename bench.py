@@ -15,6 +15,7 @@ what a process of its own needs beyond its imports (on CUDA: what the allocator 
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -81,7 +82,8 @@ class BenchSettings:
                            n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.hidden_size // self.n_heads,
                            intermediate_size=self.intermediate_size, context_length=max(4096, self.seq_len))
 
-    def train_settings(self, world: int = 1) -> TrainSettings:
+    def train_settings(self) -> TrainSettings:
+        world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; every process has a micro-batch
         shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(TrainSettings)}
         return TrainSettings(data_dir="", out_dir="", global_batch_size=self.micro_batch_size * world,
                              **{name: getattr(self, name) for name in shared})
@@ -120,7 +122,7 @@ Step = Callable[[int], None]  # one training step; its argument is the number of
 
 def our_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: Stopwatch, *, masked: bool) -> Step:
     """A step of prune.py, towards half of each dimension, or of pretrain.py."""
-    settings, device, shape = cfg.train_settings(processes.world), processes.device, cfg.shape
+    settings, device, shape = cfg.train_settings(), processes.device, cfg.shape
     model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(device)
     init_weights(model, seed=0)
     halves = {name: getattr(shape, name) // 2

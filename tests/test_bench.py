@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import prune_settings, random_model, random_tokens, tiny_config
+from conftest import prune_settings, random_model, random_tokens, run_script, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -28,6 +28,12 @@ def test_prints_a_row_a_ratio_and_the_phases_of_each_variant(capsys):
                             ("hf", "data forward backward clip optimizer")):
         line = re.search(rf"^{variant}: data .*|^{variant}: products .*", out, flags=re.M)[0]
         assert all(f"{phase} " in line for phase in phases.split())
+
+
+def test_two_processes_report_their_tokens_together():
+    result = run_script("bench.py", "--memory=False", *(f"--{name}={value}" for name, value in SMALL.items()), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout and result.stdout.count("masked / dense") == 1  # rank 0 alone reports
 
 
 def test_peak_memory_is_measured_in_a_fresh_process():
