@@ -27,6 +27,7 @@ from settings import TrainSettings, UserError, check, user_errors
 from weights import all_checkpoints
 
 MFU = (0.3, 0.4, 0.5)  # shares of a device's peak that the hours are told for
+CHECKPOINTING = ("none", "selective", "full")
 GB = 1e9
 
 
@@ -66,7 +67,7 @@ class Memory:
     peak: int  # of all, at any moment of a step
 
 
-def step_memory(shape: ModelConfig, sets: dict, cfg: TrainSettings, *, half: bool, checkpointing: bool,
+def step_memory(shape: ModelConfig, sets: dict, cfg: TrainSettings, *, half: bool, checkpointing: str,
                 gradients_stay: bool, dtype: torch.dtype = torch.float32) -> Memory:
     """Run two training steps on fake tensors and count.  sets: l0.mask_sets, or {} for a dense model.
 
@@ -100,7 +101,7 @@ def step_memory(shape: ModelConfig, sets: dict, cfg: TrainSettings, *, half: boo
         return Memory(weights, static - weights, activations, live.peak)
 
 
-def per_device(shape: ModelConfig, sets: dict, cfg: TrainSettings, devices: int, *, checkpointing: bool) -> dict[str, float]:
+def per_device(shape: ModelConfig, sets: dict, cfg: TrainSettings, devices: int, *, checkpointing: str) -> dict[str, float]:
     """Bytes on each device: weights, gradients, optimizer, gathered (by FSDP, of the others), activations, and the peak."""
     half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and cfg.device in ("auto", "cuda"))
     if cfg.parallel == "ddp" or devices == 1:
@@ -131,10 +132,10 @@ def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
              f"tokens a step        {tokens:,} = {devices} devices x {int(accum)} micro-steps x {cfg.micro_batch_size} "
              f"sequences x {cfg.seq_len}",
              f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps",
-             f"GB on each device    {'checkpointing=False':>20}{'checkpointing=True':>20}   ({cfg.parallel}; without the "
-             f"device's context and what its allocator loses; this run: checkpointing={cfg.checkpointing})"]
-    plain, saving = (per_device(shape, sets, cfg, devices, checkpointing=c) for c in (False, True))
-    lines += [f"  {name:<19}{plain[name] / GB:>20.2f}{saving[name] / GB:>20.2f}" for name in plain]
+             f"GB on each device    {''.join(f'{kind:>12}' for kind in CHECKPOINTING)}   (checkpointing, here "
+             f"{cfg.checkpointing}; {cfg.parallel}; without the device's context and what its allocator loses)"]
+    found = [per_device(shape, sets, cfg, devices, checkpointing=kind) for kind in CHECKPOINTING]
+    lines += [f"  {name:<19}" + "".join(f"{bytes_of[name] / GB:>12.2f}" for bytes_of in found) for name in found[0]]
     lines += [f"operations           {flops:.3g} ({flops / tokens / cfg.max_steps:.3g} a token, recomputing left out)",
               f"hours at an MFU of   {''.join(f'{mfu:>10.0%}' for mfu in MFU)}"]
     lines += [f"  {devices} x {name:<15}" + "".join(f"{flops / (devices * PEAK_FLOPS[name] * mfu) / 3600:>10.2f}"

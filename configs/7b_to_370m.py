@@ -32,4 +32,4 @@ eval_sequences = 500
 save_interval = 400  # published: 3200; a lost node must not cost the run
 keep_last = 2
 parallel = "fsdp"
-checkpointing = True  # or the activations of a micro-batch do not fit
+checkpointing = "full"  # or the activations of a micro-batch do not fit

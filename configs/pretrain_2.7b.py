@@ -20,4 +20,4 @@ warmup_steps = 1440
 eval_interval = 400
 eval_sequences = 500
 save_interval = 3200
-checkpointing = True  # or the activations of a micro-batch do not fit
+checkpointing = "full"  # or the activations of a micro-batch do not fit

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import compact
 import convert
+import plot
 import prepare
 import pretrain
 import prune
@@ -23,7 +25,8 @@ from settings import parse_args
 README = Path("README.md").read_text(encoding="utf-8")
 SETTINGS = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSettings, "compact.py": compact.CompactSettings,
             "convert.py": convert.ConvertSettings, "prepare.py": prepare.PrepareSettings, "sample.py": sample.SampleSettings,
-            "reference_loss.py": reference_loss.ReferenceSettings}
+            "reference_loss.py": reference_loss.ReferenceSettings, "bench.py": bench.BenchSettings,
+            "plot.py": plot.PlotSettings}
 COMMANDS = [c for c in re.findall(r"(?:python|torchrun [^\n`]*?) ?(\w+\.py [^\n`]*)", README.replace("\\\n", " "))
             if not c.startswith("demo.py")]
 CPU_COMMANDS = next(block for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) if "SMOLLM2" in block)

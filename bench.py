@@ -1,0 +1,351 @@
+"""Time whole training steps, alone or in turns with the same step of transformers and with the bare matrix products.
+
+    python bench.py --against=hf,gemm
+    python bench.py --against=hf,gemm --seq_len=2048 --micro_batch_size=1 --checkpointing=full
+    python bench.py --device=cuda --compile --hidden_size=2048 --n_layers=24 --n_heads=16 --intermediate_size=5504 \
+        --seq_len=4096 --micro_batch_size=16
+    torchrun --nproc_per_node=2 bench.py
+
+A step is a stage's own: the same model, masks, sampler, optimizer and clipping, called in the order of train() in
+prune.py (masked) and pretrain.py (dense).  All variants run once a round, in turns, so that a slow minute of the machine
+hits them alike; reported are medians over rounds, and the median of each round's ratios with their range.  Peak memory is
+what a process of its own needs beyond its imports (on CUDA: what the allocator gave out).
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Sampler, open_domains
+from l0 import L0, mask_sets
+from model import ModelConfig, Transformer, init_weights
+from runtime import (Processes, average_gradients, clip_and_step, lr_factor, make_optimizer, peak_flops, start_processes,
+                     wrap)
+from settings import TrainSettings, check, require, run_stage
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    steps: str = "masked,dense"  # what to time: masked (prune.py's step), dense (pretrain.py's), or both
+    against: str = ""  # and beside them: hf (transformers' Llama), gemm (bare matrix products), or hf,gemm
+    rounds: int = 7  # every variant runs once a round
+    memory: bool = True  # measure peak memory too, each variant in a process of its own
+    profile: bool = False  # the dearest operators of each step, by torch.profiler
+
+    hidden_size: int = 512  # d
+    n_layers: int = 8  # L
+    n_heads: int = 8  # H
+    n_kv_heads: int = 8  # K
+    intermediate_size: int = 1376  # f
+    vocab_size: int = 32000  # V
+    seq_len: int = 512  # tokens a sequence
+    micro_batch_size: int = 4  # sequences a step
+
+    threads: int = 2  # of the CPU
+    clock: Literal["wall", "cpu"] = "wall"  # cpu: seconds of this process's threads; for a shared machine, with threads = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda, else float32
+    attention: Literal["sdpa", "flash_attn"] = "sdpa"  # of our model
+    compile: bool = False  # torch.compile our model and transformers'
+    checkpointing: Literal["none", "selective", "full"] = "selective"  # of our model; full: of transformers' too
+
+    def __post_init__(self):
+        for name in ("rounds", "seq_len", "micro_batch_size", "threads"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
+        for name, known in (("steps", ("masked", "dense")), ("against", ("hf", "gemm"))):
+            for word in getattr(self, name).split(",") if getattr(self, name) else ():
+                require(word in known, f"{name} has {word!r}, which is not one of {', '.join(known)}")
+        require(self.hidden_size % self.n_heads == 0, f"hidden_size = {self.hidden_size} does not divide by n_heads")
+
+    @property
+    def variants(self) -> list[str]:
+        return [v for v in f"{self.steps},{self.against}".split(",") if v]
+
+    @property
+    def shape(self) -> ModelConfig:
+        return ModelConfig(vocab_size=self.vocab_size, hidden_size=self.hidden_size, n_layers=self.n_layers,
+                           n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.hidden_size // self.n_heads,
+                           intermediate_size=self.intermediate_size, context_length=max(4096, self.seq_len))
+
+    def train_settings(self) -> TrainSettings:
+        world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; every process has a micro-batch
+        shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(TrainSettings)}
+        return TrainSettings(data_dir="", out_dir="", global_batch_size=self.micro_batch_size * world,
+                             **{name: getattr(self, name) for name in shared})
+
+
+class Stopwatch:
+    """Seconds between marks, by what ends there; on CUDA by events, so that nothing waits within a step."""
+
+    def __init__(self, device: torch.device, clock: str = "wall"):
+        self.cuda, self.now = device.type == "cuda", time.perf_counter if clock == "wall" else time.process_time
+
+    def start(self) -> None:
+        self.marks = []
+        self.mark("")
+
+    def mark(self, what: str) -> None:
+        if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = self.now()
+        self.marks.append((what, now))
+
+    def seconds(self) -> dict[str, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        found = {}
+        for (_, before), (what, now) in zip(self.marks, self.marks[1:]):
+            found[what] = found.get(what, 0) + (before.elapsed_time(now) / 1000 if self.cuda else now - before)
+        return found
+
+
+SHARES, FROM_THE_START = {"a": 0.5, "b": 0.5}, {"a": 0, "b": 0}  # domain weights and cursors
+Step = Callable[[int], None]  # one training step; its argument is the number of the step
+
+
+def our_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: Stopwatch, *, masked: bool) -> Step:
+    """A step of prune.py, towards half of each dimension, or of pretrain.py."""
+    settings, device, shape = cfg.train_settings(), processes.device, cfg.shape
+    model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(device)
+    init_weights(model, seed=0)
+    halves = {name: getattr(shape, name) // 2
+              for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")}
+    masks = L0(mask_sets(shape, dataclasses.replace(shape, **halves) if masked else shape)).to(device)
+    log_alphas = list(masks.log_alpha.values())
+    optimizer = make_optimizer([
+        dict(params=list(model.parameters()), lr=settings.learning_rate),
+        dict(params=log_alphas, lr=1.0),
+        dict(params=[*masks.lambda_.values(), *masks.phi.values()], lr=1.0, maximize=True)])
+    optimizer.register_step_pre_hook(lambda *_: watch.mark("clip"))
+    wrapped = wrap(model, settings, processes)
+    rows = slice(processes.rank * cfg.micro_batch_size, (processes.rank + 1) * cfg.micro_batch_size)
+
+    def step(i: int) -> None:
+        batch = sampler.draw(i, SHARES, FROM_THE_START)
+        tokens, targets = sampler.load(batch, rows, device)
+        watch.mark("data")
+        z = masks.sample(settings.seed, i, processes.rank)
+        watch.mark("masks")
+        with processes.autocast():
+            loss = wrapped(tokens, targets, z)
+        watch.mark("forward")
+        loss.backward()
+        watch.mark("backward")
+        average_gradients(log_alphas, processes)
+        if log_alphas:
+            masks.lagrangian(i, warmup=640).backward()
+            watch.mark("masks")
+        clip_and_step(optimizer, lr_factor(i, settings), settings.grad_clip)
+        watch.mark("optimizer")
+        masks.clamp_()
+        watch.mark("masks")
+
+    return step
+
+
+def hf_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: Stopwatch) -> Step:
+    """The dense step with transformers' model instead of ours; all else is the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings, shape = cfg.train_settings(), cfg.shape
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size, max_position_embeddings=shape.context_length, use_cache=False,
+        tie_word_embeddings=False, attn_implementation="sdpa")).to(processes.device)
+    if cfg.checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.compile:
+        model.compile()
+    optimizer = make_optimizer([dict(params=list(model.parameters()), lr=settings.learning_rate)])
+    optimizer.register_step_pre_hook(lambda *_: watch.mark("clip"))
+
+    def step(i: int) -> None:
+        batch = sampler.draw(i, SHARES, FROM_THE_START)
+        tokens, targets = sampler.load(batch, slice(None), processes.device)
+        watch.mark("data")
+        with processes.autocast():
+            loss = model(tokens, labels=targets, shift_labels=targets).loss
+        watch.mark("forward")
+        loss.backward()
+        watch.mark("backward")
+        clip_and_step(optimizer, lr_factor(i, settings), settings.grad_clip)
+        watch.mark("optimizer")
+
+    return step
+
+
+def gemm_step(cfg: BenchSettings, processes: Processes, watch: Stopwatch) -> Step:
+    """The matrix products of a dense step alone, into buffers that are there already: what the machine allows."""
+    def filled(*shape: int) -> Tensor:
+        return torch.randn(shape, device=processes.device, dtype=processes.dtype)
+
+    products = []  # (times, a, b, a @ b)
+    for times, rows, inner, columns in product_shapes(cfg):
+        products.append((times, filled(*rows, inner), filled(*rows[:-1], inner, columns), filled(*rows, columns)))
+
+    def step(i: int) -> None:
+        for times, a, b, out in products:
+            for _ in range(times):
+                torch.matmul(a, b, out=out)
+        watch.mark("products")
+
+    return step
+
+
+def product_shapes(cfg: BenchSettings) -> list[tuple[int, tuple[int, ...], int, int]]:
+    """(times, rows, inner, columns) of every product of a step; attention's with half of the keys, since half are masked."""
+    s, N = cfg.shape, cfg.micro_batch_size * cfg.seq_len  # tokens
+    q, kv = s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
+    shapes = []
+    for times, i, o in ((s.n_layers, s.hidden_size, q), (2 * s.n_layers, s.hidden_size, kv), (s.n_layers, q, s.hidden_size),
+                        (2 * s.n_layers, s.hidden_size, s.intermediate_size),
+                        (s.n_layers, s.intermediate_size, s.hidden_size), (1, s.hidden_size, s.vocab_size)):
+        shapes += [(times, (N,), i, o), (times, (N,), o, i), (times, (o,), N, i)]  # output, gradient of input, of weight
+    batch, T, h = cfg.micro_batch_size * s.n_heads, cfg.seq_len, s.head_dim
+    # q @ k.T and the gradient of the probabilities; probabilities @ v and the gradient of q; those of k and v
+    shapes += [(2 * s.n_layers, (batch, T), h, T // 2), (2 * s.n_layers, (batch, T), T // 2, h),
+               (2 * s.n_layers, (batch, T // 2), T, h)]
+    return shapes
+
+
+def write_tokens(folder: str, cfg: BenchSettings) -> None:
+    """Random tokens of two domains, in prepare.py's format."""
+    for domain in "ab":
+        path = Path(folder) / domain / "train.bin"
+        path.parent.mkdir()
+        n = 64 * cfg.seq_len + 1
+        np.random.default_rng(0).integers(cfg.vocab_size, size=n).astype(np.uint32).tofile(path)
+        path.with_suffix(".json").write_text(json.dumps(dict(
+            format=1, domain=domain, split="train", dtype="uint32", n_tokens=n, n_documents=1, n_bytes=4 * n,
+            vocab_size=cfg.vocab_size, tokenizer="none", sha256="")))
+
+
+def build(cfg: BenchSettings, processes: Processes, variant: str, folder: str, watch: Stopwatch) -> Step:
+    if variant == "gemm":
+        return gemm_step(cfg, processes, watch)
+    sampler = Sampler(open_domains(folder, ["a", "b"], "train", cfg.seq_len),
+                      global_batch_size=cfg.micro_batch_size * processes.world, seed=0)
+    if variant == "hf":
+        return hf_step(cfg, processes, sampler, watch)
+    return our_step(cfg, processes, sampler, watch, masked=variant == "masked")
+
+
+def resident_peak() -> int:
+    """Bytes of the most memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's peak is that of the parent, as long as it is the higher one
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(cfg: BenchSettings, variant: str) -> int:
+    """Bytes that two steps of a variant need at most, in this process, which must be fresh."""
+    torch.set_num_threads(cfg.threads)
+    processes = start_processes(cfg.train_settings())
+    if variant == "hf":
+        from transformers import LlamaForCausalLM  # noqa: F401
+    watch, before = Stopwatch(processes.device), resident_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(folder, cfg)
+        step = build(cfg, processes, variant, folder, watch)
+        for i in range(2):
+            watch.start()
+            step(i)
+    return torch.cuda.max_memory_allocated() if processes.device.type == "cuda" else resident_peak() - before
+
+
+def in_new_process(function: Callable, *args):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def matrix_rate(cfg: BenchSettings, processes: Processes) -> float:
+    """Floating-point operations a second: the device's peak where it is known, else as measured with one large product."""
+    if peak_flops(processes) is not None:
+        return peak_flops(processes) / processes.world
+    a, watch, seconds = torch.randn(2048, 2048, device=processes.device), Stopwatch(processes.device, cfg.clock), []
+    for _ in range(8):
+        watch.start()
+        torch.mm(a, a)
+        watch.mark("product")
+        seconds.append(watch.seconds()["product"])
+    return 2 * 2048**3 / min(seconds)
+
+
+def measure(cfg: BenchSettings, processes: Processes) -> dict[str, list[dict[str, float]]]:
+    """Seconds of each phase, for each variant and round."""
+    watch = Stopwatch(processes.device, cfg.clock)
+    with tempfile.TemporaryDirectory() as folder:  # what is mapped stays readable when the folder is gone
+        write_tokens(folder, cfg)
+        steps = {v: build(cfg, processes, v, folder, watch) for v in cfg.variants}
+    found = {v: [] for v in steps}
+    for i in range(cfg.rounds + 1):
+        for variant, step in steps.items():
+            watch.start()
+            step(i)
+            if i:  # the first round warms up
+                found[variant].append(watch.seconds())
+    if cfg.profile:
+        for variant, step in steps.items():
+            with torch.profiler.profile() as profiler:
+                watch.start()
+                step(cfg.rounds + 1)
+            key = "self_cuda_time_total" if processes.device.type == "cuda" else "self_cpu_time_total"
+            print(f"{variant}\n{profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=50)}")
+    return found
+
+
+def report(cfg: BenchSettings, processes: Processes, found: dict, rate: float, memory: dict[str, int]) -> None:
+    """The table, the ratios and where time goes."""
+    tokens = cfg.micro_batch_size * cfg.seq_len
+    flops = tokens * cfg.shape.train_flops_per_token(cfg.seq_len)
+    totals = {v: [sum(r.values()) for r in rounds] for v, rounds in found.items()}
+    print(f"{cfg.shape.n_params():,} parameters, {cfg.micro_batch_size} x {cfg.seq_len} tokens a step and process, "
+          f"{processes.world} processes, {processes.device.type}, {processes.dtype}; {flops / 1e9:.0f} GFLOP a step, "
+          f"products at {rate / 1e9:.0f} GFLOP/s; median of {cfg.rounds} rounds, {cfg.clock} clock")
+    print(f"{'step':<8}{'ms':>9}{'tokens/s':>10}{'MFU':>7}{'peak MB':>9}")
+    for v, times in totals.items():
+        t, m = statistics.median(times), memory.get(v)
+        print(f"{v:<8}{1000 * t:>9.0f}{processes.world * tokens / t:>10,.0f}{flops / t / rate:>7.1%}"
+              f"{'' if m is None else f'{m / 1e6:.0f}':>9}")
+    for a, b in (("masked", "dense"), ("dense", "hf"), ("masked", "hf"), ("masked", "gemm"), ("dense", "gemm")):
+        if a in totals and b in totals:
+            ratios = [x / y for x, y in zip(totals[a], totals[b])]
+            line = f"{a} / {b}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            print(line + (f", memory {memory[a] / memory[b]:.3f}" if a in memory and b in memory else ""))
+    for v, rounds in found.items():
+        print(f"{v}: " + ", ".join(f"{p} {1000 * statistics.median(r[p] for r in rounds):.1f} ms" for p in rounds[0]))
+
+
+def main(cfg: BenchSettings) -> None:
+    torch.set_num_threads(cfg.threads)
+    processes = start_processes(cfg.train_settings())
+    check("hf" not in cfg.variants or processes.world == 1, "against = hf runs in one process; take away torchrun")
+    memory = {}
+    if cfg.memory and processes.world == 1:
+        memory = {v: in_new_process(peak_memory, cfg, v) for v in cfg.variants if v != "gemm"}
+    found = measure(cfg, processes)
+    if processes.rank == 0:
+        report(cfg, processes, found, matrix_rate(cfg, processes), memory)
+
+
+if __name__ == "__main__":
+    run_stage(main, BenchSettings)

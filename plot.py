@@ -1,0 +1,152 @@
+"""How cost grows: measured exponents beside the FLOP count's, and what larger machines should give, on paper.
+
+    python plot.py --what=growth --out=docs/growth.svg
+    python plot.py --what=paper
+
+growth: steps of pretrain.py (bench.py's) over hidden sizes and sequence lengths, in CPU seconds of one thread, and
+t = c x^a fitted to the larger half of each.  paper: tokens a second and GPU for Llama-2-7B -> 1.3B, from operations,
+bandwidths and message sizes alone; every assumption is a number below.
+"""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from bench import BenchSettings, measure
+from model import ModelConfig
+from runtime import PEAK_FLOPS, start_processes
+from settings import check, run_stage
+
+
+@dataclass(frozen=True)
+class PlotSettings:
+    what: Literal["growth", "paper"] = "paper"  # measure and plot, or only calculate
+    out: str = "docs/growth.svg"  # the plot of growth
+    rounds: int = 3  # steps at each point; the median counts
+
+
+SMALL = BenchSettings(steps="dense", memory=False, clock="cpu", threads=1, device="cpu", n_layers=2, n_heads=4, n_kv_heads=4,
+                      vocab_size=2048)
+HIDDEN_SIZES = (256, 384, 512, 768, 1024)  # at 1 x 512 tokens, heads of 64, f = 2.75 d
+SEQ_LENS = (256, 512, 1024, 2048, 4096)  # at d = 256, one sequence
+
+
+def points() -> dict[str, list[tuple[int, BenchSettings]]]:
+    """What is measured: by the quantity that grows, (its value, the step)."""
+    def at_hidden_size(d: int) -> BenchSettings:
+        return dataclasses.replace(SMALL, hidden_size=d, n_heads=d // 64, n_kv_heads=d // 64, intermediate_size=d * 11 // 4,
+                                   seq_len=512, micro_batch_size=1)
+
+    return {"hidden size": [(d, at_hidden_size(d)) for d in HIDDEN_SIZES],
+            "sequence length": [(T, dataclasses.replace(at_hidden_size(256), seq_len=T)) for T in SEQ_LENS]}
+
+
+def exponent(x: list[float], y: list[float]) -> float:
+    """a of y = c x^a, least squares in logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def growth(cfg: PlotSettings) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    torch.set_num_threads(1)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    for axis, (name, sizes) in zip(axes, points().items()):
+        seconds, flops = [], []
+        for _, step in sizes:
+            step = dataclasses.replace(step, rounds=cfg.rounds)
+            rounds = measure(step, start_processes(step.train_settings()))["dense"]
+            seconds.append(statistics.median(sum(r.values()) for r in rounds))
+            flops.append(step.micro_batch_size * step.seq_len * step.shape.train_flops_per_token(step.seq_len))
+        x = [size for size, _ in sizes]
+        for size, t, f in zip(x, seconds, flops):
+            print(f"{name} {size}: {t:.3f} s, {f / 1e9:.1f} GFLOP, {f / t / 1e9:.1f} GFLOP/s")
+        measured, counted = exponent(x[-3:], seconds[-3:]), exponent(x[-3:], flops[-3:])
+        print(f"{name}: exponent over the last three {measured:.2f}, of the FLOP count {counted:.2f}")
+        axis.loglog(x, seconds, "o-", label=f"measured, exponent {measured:.2f}")
+        scale = seconds[-1] / flops[-1]
+        axis.loglog(x, [f * scale for f in flops], "--", label=f"FLOP count, exponent {counted:.2f}")
+        axis.set(xlabel=name, ylabel="CPU seconds a step", xticks=x, xticklabels=x)
+        axis.minorticks_off()
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(cfg.out)
+
+
+# ---- on paper
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpu: str  # a key of runtime.PEAK_FLOPS
+    memory: float  # bytes a second of one GPU's memory, data sheet
+    inside: float  # bytes a second and direction between the GPUs of a node (NVLink), a GPU, data sheet
+    between: float  # bytes a second and direction between nodes, a GPU: one InfiniBand port each (HDR 200, NDR 400)
+
+
+MACHINES = {"A100": Machine("A100", 2.04e12, 300e9, 25e9), "H100": Machine("H100", 3.35e12, 450e9, 50e9)}
+PRODUCTS = 0.60  # share of the peak that forward and backward reach: assumed, the upper end of open trainers
+LINKS = 0.75  # share of a link's rate that collectives reach: assumed
+SHAPES = {"7B": (4096, 32, 32, 11008), "2.7B": (2560, 32, 20, 6912), "1.3B": (2048, 24, 16, 5504)}  # d, L, H, f
+RUNS = [  # shape, parallel, GPU, GPUs, sequences of a step, recomputes, published tokens a second and A100 (authors' README)
+    ("7B", "fsdp", "A100", 8, 32, True, 1844), ("7B", "fsdp", "H100", 8, 32, True, None),
+    ("7B", "fsdp", "A100", 128, 128, True, None), ("7B", "fsdp", "H100", 128, 128, True, None),
+    ("2.7B", "ddp", "A100", 16, 256, True, 4957), ("1.3B", "ddp", "A100", 16, 256, True, 8684),
+    ("1.3B", "ddp", "A100", 8, 256, True, None), ("1.3B", "ddp", "H100", 8, 256, True, None),
+    ("1.3B", "ddp", "A100", 128, 256, True, None), ("1.3B", "ddp", "H100", 128, 256, True, None)]
+SEQ_LEN = 4096
+
+
+def llama(name: str) -> ModelConfig:
+    d, L, H, f = SHAPES[name]
+    return ModelConfig(vocab_size=32000, hidden_size=d, n_layers=L, n_heads=H, n_kv_heads=H, head_dim=128,
+                       intermediate_size=f)
+
+
+def on_paper(name: str, parallel: str, machine: Machine, gpus: int, sequences: int, recompute: bool) -> dict[str, float]:
+    """Seconds of one step and what follows, without accumulation in micro-batches.
+
+    fsdp gathers bf16 weights for the forward and again for the backward pass and scatters fp32 gradients; ddp all-reduces
+    fp32 gradients.  A ring over more than one node is as fast as its slowest link.
+    """
+    shape = llama(name)
+    n, tokens = shape.n_params(), sequences / gpus * SEQ_LEN  # of one GPU
+    flops = tokens * shape.train_flops_per_token(SEQ_LEN)
+    head = tokens * 6 * shape.vocab_size * shape.hidden_size
+    again = (flops - head) / 3 if recompute else 0.0  # the layers' forward pass once more
+    compute = (flops + again) / (PRODUCTS * PEAK_FLOPS[machine.gpu])
+    link = LINKS * (machine.inside if gpus <= 8 else machine.between)
+    sent = (gpus - 1) / gpus * n * (2 + 2 + 4 if parallel == "fsdp" else 2 * 4)  # bytes by each GPU
+    update = 28 * n / (gpus if parallel == "fsdp" else 1) / machine.memory  # AdamW: reads 4 fp32 numbers, writes 3
+    best, worst = max(compute, sent / link) + update, compute + sent / link + update
+    return {"compute": compute, "messages": sent / link, "update": update, "best": tokens / best, "worst": tokens / worst,
+            "mfu": flops / best / PEAK_FLOPS[machine.gpu]}
+
+
+def paper() -> None:
+    print(f"products at {PRODUCTS:.0%} of the peak, links at {LINKS:.0%} of theirs, sequences of {SEQ_LEN}; tokens/s a GPU")
+    row = "{:<6}{:>11}{:>11}{:>12}{:>10}{:>12}{:>9}{:>8}{:>11}{:>9}"
+    print(row.format("model", "GPUs", "compute s", "messages s", "update s", "overlapped", "in turn", "MFU", "published",
+                     "its MFU"))
+    for name, parallel, gpu, gpus, sequences, recompute, published in RUNS:
+        r = on_paper(name, parallel, MACHINES[gpu], gpus, sequences, recompute)
+        its = (published or 0) * llama(name).train_flops_per_token(SEQ_LEN) / PEAK_FLOPS[gpu]
+        print(row.format(name, f"{gpus} x {gpu}", f"{r['compute']:.2f}", f"{r['messages']:.2f}", f"{r['update']:.3f}",
+                         f"{r['best']:,.0f}", f"{r['worst']:,.0f}", f"{r['mfu']:.1%}", published or "",
+                         f"{its:.1%}" if its else ""))
+
+
+def main(cfg: PlotSettings) -> None:
+    check(cfg.rounds > 0, f"rounds = {cfg.rounds} must be above 0")
+    growth(cfg) if cfg.what == "growth" else paper()
+
+
+if __name__ == "__main__":
+    run_stage(main, PlotSettings)
