@@ -70,6 +70,8 @@ class BenchSettings:
         for name, known in (("steps", ("masked", "dense")), ("against", ("hf", "gemm"))):
             for word in getattr(self, name).split(",") if getattr(self, name) else ():
                 require(word in known, f"{name} has {word!r}, which is not one of {', '.join(known)}")
+        require(bool(self.variants), "steps and against are both empty: nothing to time")
+        require(self.n_heads % self.n_kv_heads == 0, f"n_heads = {self.n_heads} does not divide by n_kv_heads")
         require(self.hidden_size % self.n_heads == 0, f"hidden_size = {self.hidden_size} does not divide by n_heads")
 
     @property
@@ -125,7 +127,7 @@ def our_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: 
     settings, device, shape = cfg.train_settings(), processes.device, cfg.shape
     model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(device)
     init_weights(model, seed=0)
-    halves = {name: getattr(shape, name) // 2
+    halves = {name: max(1, getattr(shape, name) // 2)
               for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")}
     masks = L0(mask_sets(shape, dataclasses.replace(shape, **halves) if masked else shape)).to(device)
     log_alphas = list(masks.log_alpha.values())
@@ -279,9 +281,9 @@ def in_new_process(function: Callable, *args):
 
 def matrix_rate(cfg: BenchSettings, processes: Processes) -> float:
     """Floating-point operations a second: the device's peak where it is known, else as measured with one large product."""
-    if peak_flops(processes) is not None:
+    if peak_flops(processes) is not None and processes.dtype == torch.bfloat16:  # what the data sheets tell
         return peak_flops(processes) / processes.world
-    a, watch, seconds = torch.randn(2048, 2048, device=processes.device), Stopwatch(processes.device, cfg.clock), []
+    a, watch, seconds = torch.randn(2048, 2048, device=processes.device, dtype=processes.dtype), Stopwatch(processes.device, cfg.clock), []
     for _ in range(8):
         watch.start()
         torch.mm(a, a)

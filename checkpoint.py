@@ -123,7 +123,7 @@ def newest_whole(out_dir: Path) -> Path | None:
                   flush=True)
         return folder
     check(not damaged and not any(out_dir.glob("step_*.damaged*")), f"no checkpoint in {out_dir} is whole: "
-          + "; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged[:3]) + "; mend or copy one back, or begin in "
+          + ("; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged[:3]) or "only *.damaged are left") + "; mend or copy one back, or begin in "
           "another out_dir")
     return None
 

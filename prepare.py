@@ -156,7 +156,6 @@ def read_lines(path: Path, text_field: str) -> Iterator[str | BadLine]:
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str | BadLine]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} needs the package pyarrow; pip install pyarrow") from None

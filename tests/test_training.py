@@ -49,7 +49,7 @@ def test_resume_is_bit_identical(tmp_path, data_dir, source, stage, monkeypatch)
     whole, parts = (make(data_dir, tmp_path / x, source, **changes) for x in ("whole", "parts"))
     main(whole)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_draw(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        at_draw(patch, 5, lambda: signal.default_int_handler(signal.SIGINT, None))
         main(parts)
     assert train_lines(tmp_path / "parts")[-1]["step"] == 5  # past the checkpoint: to be cut
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
