@@ -283,7 +283,8 @@ def matrix_rate(cfg: BenchSettings, processes: Processes) -> float:
     """Floating-point operations a second: the device's peak where it is known, else as measured with one large product."""
     if peak_flops(processes) is not None and processes.dtype == torch.bfloat16:  # what the data sheets tell
         return peak_flops(processes) / processes.world
-    a, watch, seconds = torch.randn(2048, 2048, device=processes.device, dtype=processes.dtype), Stopwatch(processes.device, cfg.clock), []
+    a = torch.randn(2048, 2048, device=processes.device, dtype=processes.dtype)
+    watch, seconds = Stopwatch(processes.device, cfg.clock), []
     for _ in range(8):
         watch.start()
         torch.mm(a, a)

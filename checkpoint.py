@@ -122,9 +122,9 @@ def newest_whole(out_dir: Path) -> Path | None:
             print(f"WARNING: {bad} is damaged ({wrong}); it is now {aside.name}, and {folder.name} is used", file=sys.stderr,
                   flush=True)
         return folder
-    check(not damaged and not any(out_dir.glob("step_*.damaged*")), f"no checkpoint in {out_dir} is whole: "
-          + ("; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged[:3]) or "only *.damaged are left") + "; mend or copy one back, or begin in "
-          "another out_dir")
+    found = "; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged[:3]) or "only *.damaged are left"
+    check(not damaged and not any(out_dir.glob("step_*.damaged*")), f"no checkpoint in {out_dir} is whole: {found}; mend or "
+          "copy one back, or begin in another out_dir")
     return None
 
 
