@@ -131,10 +131,8 @@ def our_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: 
               for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")}
     masks = L0(mask_sets(shape, dataclasses.replace(shape, **halves) if masked else shape)).to(device)
     log_alphas = list(masks.log_alpha.values())
-    optimizer = make_optimizer([
-        dict(params=list(model.parameters()), lr=settings.learning_rate),
-        dict(params=log_alphas, lr=1.0),
-        dict(params=[*masks.lambda_.values(), *masks.phi.values()], lr=1.0, maximize=True)])
+    optimizer = make_optimizer([dict(params=list(model.parameters()), lr=settings.learning_rate),
+                                *masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0)])
     optimizer.register_step_pre_hook(lambda *_: watch.mark("clip"))
     wrapped = wrap(model, settings, processes)
     rows = slice(processes.rank * cfg.micro_batch_size, (processes.rank + 1) * cfg.micro_batch_size)

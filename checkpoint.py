@@ -26,8 +26,8 @@ from data import RunData
 from runtime import Processes, RunState
 from settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
 from tokenizer import load_tokenizer
-from weights import (all_checkpoints, damage, latest_checkpoint, new_folder, part_of, read_tensors, verified, write_assets,
-                     write_manifest, write_tensors)
+from weights import (all_checkpoints, damage, is_finite, latest_checkpoint, let_go, new_folder, part_of, read_tensors,
+                     step_of, verified, write_assets, write_manifest, write_tensors)
 
 # Settings that a resumed run must keep, as it must its target_* and its tokens.
 FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
@@ -62,7 +62,7 @@ def save_checkpoint(cfg: TrainSettings, state: RunState, processes: Processes, *
 
     def next_weight(name: str) -> Tensor:
         tensor = next(gathered)
-        check(all(v.isfinite() for v in tensor.aminmax()), f"{name} holds NaN or infinite values, so step {state.step} is "
+        check(is_finite(tensor), f"{name} holds NaN or infinite values, so step {state.step} is "
               f"not saved; earlier checkpoints in {cfg.out_dir} stay")
         return tensor
 
@@ -129,15 +129,16 @@ def newest_whole(out_dir: Path) -> Path | None:
 
 
 def delete_old(out_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest keep_last (0: all stay) and those whose step divides by keep_every."""
-    for folder in all_checkpoints(out_dir)[:-keep_last] if keep_last else []:
-        if not keep_every or int(folder.name[5:]) % keep_every:
-            gone = folder.with_name(folder.name + ".tmp")  # half a checkpoint must not look like one
-            try:
-                os.rename(folder, gone)
-                remove(gone)
-            except OSError as error:
-                print(f"warning: cannot delete {folder}: {error.strerror or error}", file=sys.stderr, flush=True)
+    """Delete the checkpoints that `let_go` names.  A failure is a warning: the run has just been saved."""
+    folders = {step_of(folder): folder for folder in all_checkpoints(out_dir)}
+    for step in let_go(list(folders), keep_last, keep_every):
+        folder = folders[step]
+        gone = folder.with_name(folder.name + ".tmp")  # half a checkpoint must not look like one
+        try:
+            os.rename(folder, gone)
+            remove(gone)
+        except OSError as error:
+            print(f"warning: cannot delete {folder}: {error.strerror or error}", file=sys.stderr, flush=True)
 
 
 def remove(folder: Path) -> None:
@@ -227,7 +228,8 @@ def resumed_state(cfg: TrainSettings, data: RunData, folder: Path) -> RunState:
     odd = [f"{n} = {before.get(n)!r}, not {now[n]!r}" for n in now
            if (n in FIXED or n.startswith("target_")) and now[n] != before.get(n)]
     check(not odd, f"{folder.parent} was begun with {'; '.join(odd)}; a resumed run must keep that")
-    other = [d for d, was in state.tokens.items() if fingerprints(data)[d] != was]
+    tokens = fingerprints(data)
+    other = [d for d, was in state.tokens.items() if tokens[d] != was]
     check(not other, f"{folder.parent} was begun with other training tokens of {', '.join(other)} than {cfg.data_dir} has")
     check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
     return state

@@ -23,7 +23,7 @@ from checkpoint import read_state
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from settings import check, run_stage, user_errors
-from weights import (check_finite, latest_checkpoint, load_weights, new_folder, read_model_config, tensor_names,
+from weights import (check_finite, latest_checkpoint, load_weights, new_folder, one_thread, read_model_config, tensor_names,
                      tensor_reader, verified, write_assets, write_tensors)
 
 CHECKED = 8  # tokens of a sequence that the check runs
@@ -182,7 +182,6 @@ def report(masks: dict[str, Tensor], undecided: dict[str, tuple[int, int]], cfg:
 
 
 def main(cfg: CompactSettings) -> None:
-    torch.set_num_threads(1)  # more of them wait for each other over the pages of the mapped file, and take longer
     folder = Path(cfg.checkpoint)
     check(folder.is_dir(), f"checkpoint = {folder} does not exist")
     folder = latest_checkpoint(folder) or folder
@@ -211,7 +210,7 @@ def main(cfg: CompactSettings) -> None:
         check_finite(tensor, path, names[name])  # what is cut away shows up in the logits, as nan
         return tensor
 
-    with new_folder(cfg.out_dir) as temporary, verified(folder):
+    with new_folder(cfg.out_dir) as temporary, verified(folder), one_thread():
         weights = temporary / "model.safetensors"
         write_tensors(weights, shapes, dict.fromkeys(shapes, torch.float32), load)
         write_assets(temporary, shape, [folder / "assets"])

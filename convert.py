@@ -28,8 +28,8 @@ from tqdm import tqdm
 from model import ModelConfig, Transformer, parameter_shapes
 from settings import UserError, check, read_json, require, run_stage
 from tokenizer import load_tokenizer
-from weights import (DTYPE_CODES, check_names, load_weights, new_folder, read_model_config, read_tensor, verified,
-                     write_tensors)
+from weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
+                     read_tensor, verified, write_tensors)
 
 # What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -115,8 +115,7 @@ def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch
         tensor = loaders[name]().to(dtype)
         check(tensor.shape == shapes[name], f"{source}: {name} has shape {tuple(tensor.shape)}, but the config calls for "
               f"{tuple(shapes[name])}")
-        finite = all(x.isfinite() for x in tensor.aminmax())  # no copy, as isfinite() of the tensor would make
-        check(finite, f"{source}: {name} holds NaN or infinite values (as {dtype})")
+        check(is_finite(tensor), f"{source}: {name} holds NaN or infinite values (as {dtype})")
         bar.update(nbytes[name])
         return tensor
 
@@ -353,7 +352,7 @@ def from_gguf(settings: ConvertSettings, folder: Path) -> None:
             values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
             # The rotary embedding of GGUF turns neighbouring rows of a head, (h/2, 2); ours the two halves, (2, h/2).
             return values if n_heads is None else values.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(values.shape)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
             raise UserError(f"{path}: {tensor.name}: {error}") from None
 
     heads = {"attn_q": meta.get("llama.attention.head_count")}
@@ -435,11 +434,9 @@ def main(settings: ConvertSettings) -> None:
     needed += ["accelerate"] * (settings.verify and bool(settings.from_gguf))  # transformers reads GGUF through it
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     check(not missing, f"this needs packages that are not installed; pip install {' '.join(missing)}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them wait for each other over the pages of the mapped file, and take longer
     with new_folder(settings.out_dir) as folder:
-        (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
-        torch.set_num_threads(threads)
+        with one_thread():
+            (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
         if settings.verify:
             verify(settings, folder)
     print(f"wrote {settings.out_dir}")

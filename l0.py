@@ -117,6 +117,11 @@ class L0(nn.Module):
         self.phi = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in sets})
         self.clamp_()
 
+    def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
+        """For AdamW: log_alpha descends, the multipliers ascend.  # spec 4"""
+        return [dict(params=list(self.log_alpha.values()), lr=mask_lr),
+                dict(params=[*self.lambda_.values(), *self.phi.values()], lr=multiplier_lr, maximize=True)]
+
     @torch.no_grad()
     def clamp_(self) -> None:
         """Bound log_alpha in place, after each optimizer step: clamping only before use lets it wind up."""

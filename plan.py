@@ -9,6 +9,7 @@ and no memory, and every storage alive is counted.  So the figures follow model.
 
 import math
 import shutil
+import typing
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from l0 import L0
 from model import ModelConfig, Transformer
 from runtime import PEAK_FLOPS, Processes, RunState, clip_and_step, make_optimizer
 from settings import TrainSettings, UserError, check, user_errors
-from weights import all_checkpoints
+from weights import all_checkpoints, let_go, step_of
 
 MFU = (0.3, 0.4, 0.5)  # shares of a device's peak that the hours are told for
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = typing.get_args(TrainSettings.__annotations__["checkpointing"])
 GB = 1e9
 
 
@@ -82,9 +83,8 @@ def step_memory(shape: ModelConfig, sets: dict, cfg: TrainSettings, *, half: boo
         finally:
             torch.set_default_dtype(torch.float32)
         weights, masks = live.now, L0(sets)
-        groups = [dict(params=list(model.parameters()), lr=1.0), dict(params=list(masks.log_alpha.values()), lr=1.0),
-                  dict(params=[*masks.lambda_.values(), *masks.phi.values()], lr=1.0, maximize=True)]
-        optimizer = make_optimizer(groups)
+        optimizer = make_optimizer([dict(params=list(model.parameters()), lr=1.0),
+                                    *masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0)])
         tokens = torch.zeros(cfg.micro_batch_size, cfg.seq_len, dtype=torch.int64)
         for _ in range(2):  # the first one makes the optimizer's state
             live.peak = static = live.now
@@ -127,7 +127,8 @@ def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
     check(accum == int(accum), f"global_batch_size = {cfg.global_batch_size} does not divide by micro_batch_size x plan = "
           f"{cfg.micro_batch_size} x {devices}")
     tokens = cfg.global_batch_size * cfg.seq_len
-    flops = shape.train_flops_per_token(cfg.seq_len) * tokens * cfg.max_steps
+    flops_per_token = shape.train_flops_per_token(cfg.seq_len)
+    flops = flops_per_token * tokens * cfg.max_steps
     lines = [f"parameters           {shape.n_params():,}" + "".join(f"; masks {n} {s}" for n, (s, _) in sets.items()),
              f"tokens a step        {tokens:,} = {devices} devices x {int(accum)} micro-steps x {cfg.micro_batch_size} "
              f"sequences x {cfg.seq_len}",
@@ -136,7 +137,7 @@ def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
              f"{cfg.checkpointing}; {cfg.parallel}; without the device's context and what its allocator loses)"]
     found = [per_device(shape, sets, cfg, devices, checkpointing=kind) for kind in CHECKPOINTING]
     lines += [f"  {name:<19}" + "".join(f"{bytes_of[name] / GB:>12.2f}" for bytes_of in found) for name in found[0]]
-    lines += [f"operations           {flops:.3g} ({flops / tokens / cfg.max_steps:.3g} a token, recomputing left out)",
+    lines += [f"operations           {flops:.3g} ({flops_per_token:.3g} a token, recomputing left out)",
               f"hours at an MFU of   {''.join(f'{mfu:>10.0%}' for mfu in MFU)}"]
     lines += [f"  {devices} x {name:<15}" + "".join(f"{flops / (devices * PEAK_FLOPS[name] * mfu) / 3600:>10.2f}"
                                                     for mfu in MFU) for name in ("A100", "H100")]
@@ -157,9 +158,8 @@ def checkpoints(cfg: TrainSettings, first: int, there: list[int]) -> int:
     for step in [*steps, *[cfg.max_steps] * (first < cfg.max_steps)]:
         kept.append(step)
         most = max(most, len(kept))  # an old one goes when a new one is there
-        if cfg.keep_last:
-            old = [s for s in kept[:-cfg.keep_last] if cfg.keep_every and s % cfg.keep_every == 0]
-            kept = old + kept[-cfg.keep_last:]
+        gone = let_go(kept, cfg.keep_last, cfg.keep_every)
+        kept = [s for s in kept if s not in gone]
     return most
 
 
@@ -186,7 +186,7 @@ def preflight(cfg: TrainSettings, processes: Processes, shape: ModelConfig, sets
         processes.say("comparing the token files with their checksums")
         with user_errors():
             verify_tokens(data)
-    there = [int(path.name[5:]) for path in all_checkpoints(cfg.out_dir)]
+    there = [step_of(path) for path in all_checkpoints(cfg.out_dir)]
     n, size = checkpoints(cfg, state.step, there) - len(there), checkpoint_bytes(shape, sets)  # more than now, at most
     try:
         free = shutil.disk_usage(cfg.out_dir).free

@@ -109,9 +109,9 @@ def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: R
                 losses = evaluate(model, {}, data.eval, cfg, processes)
             steer(state, losses, cfg)
             metrics.evaluation(losses)
-        batch = sampler.draw(step, state.domain_weights, state.cursors)
         stop = metrics.stop
         if not last:
+            batch = sampler.draw(step, state.domain_weights, state.cursors)
             stop = signals.asked(step) or stop or used_up(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
         if step > first and (step % cfg.save_interval == 0 or last or stop is not None):
             metrics.hold()

@@ -97,8 +97,7 @@ def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path 
     masks = L0(sets, count=cfg.count, seed=cfg.seed).to(processes.device)
     optimizer = make_optimizer([
         dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
-        dict(params=list(masks.log_alpha.values()), lr=cfg.mask_learning_rate),
-        dict(params=[*masks.lambda_.values(), *masks.phi.values()], lr=cfg.multiplier_learning_rate, maximize=True),
+        *masks.parameter_groups(mask_lr=cfg.mask_learning_rate, multiplier_lr=cfg.multiplier_learning_rate),
     ])
     if checkpoint is not None:
         load_weights(masks, checkpoint / "masks.safetensors")
@@ -167,9 +166,9 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
             metrics.evaluation(losses)
             if rank == 0 and log_alphas:
                 save_masks(cfg.out_dir, masks, step)
-        batch = sampler.draw(step, state.domain_weights, state.cursors)
         stop = metrics.stop
         if not last:
+            batch = sampler.draw(step, state.domain_weights, state.cursors)
             stop = signals.asked(step) or stop or used_up(sampler.exhausted(state.cursors, batch.cursors), cfg, processes)
         if step > first and (step % cfg.save_interval == 0 or last or stop is not None):
             metrics.hold()

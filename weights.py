@@ -94,9 +94,13 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[tup
         yield name, read(name)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Without the copy that isfinite() of the whole tensor would make."""
+    return all(v.isfinite() for v in tensor.aminmax())
+
+
 def check_finite(tensor: Tensor, path: Path, name: str) -> None:
-    finite = all(v.isfinite() for v in tensor.aminmax())  # no copy, as isfinite() of the tensor would make
-    check(finite, f"{path}: {name} holds NaN or infinite values")
+    check(is_finite(tensor), f"{path}: {name} holds NaN or infinite values")
 
 
 @torch.no_grad()
@@ -179,14 +183,6 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_model(folder: Path, tensors: dict[str, Tensor], config, assets: list[Path]) -> None:
-    """Fill a folder of `new_folder` as a model folder: model.safetensors, model_config.json and assets/."""
-    tensors = dict(sorted(tensors.items()))
-    shapes, dtypes = ({name: getattr(t, kind) for name, t in tensors.items()} for kind in ("shape", "dtype"))
-    write_tensors(folder / "model.safetensors", shapes, dtypes, tensors.__getitem__)
-    write_assets(folder, config, assets)
-
-
 def write_assets(folder: Path, config, assets: list[Path]) -> None:
     """A model folder without its weights.  assets: folders of files to carry along unread; of one name the first counts."""
     (folder / "model_config.json").write_text(config.to_json())
@@ -194,13 +190,34 @@ def write_assets(folder: Path, config, assets: list[Path]) -> None:
         shutil.copytree(source, folder / "assets", dirs_exist_ok=True)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: more of them wait for each other over the pages of a mapped file, and take longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---- what a checkpoint has besides: its place, and its manifest
 
 
 def all_checkpoints(out_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first.  A folder whose name has not been committed is none."""
-    found = [(int(p.name[5:]), p) for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name)]
-    return [path for _, path in sorted(found)]
+    return sorted((p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def let_go(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
+    """Of a run's checkpoints, oldest first, those to delete: all but the newest keep_last (0: none goes) and every multiple
+    of keep_every (0: no step is one).
+    """
+    return [s for s in steps[:-keep_last] if not keep_every or s % keep_every] if keep_last else []
 
 
 def latest_checkpoint(out_dir: str | Path) -> Path | None:
@@ -253,9 +270,12 @@ def verified(folder: str | Path) -> Iterator[None]:
 
     Raises UserError at the end if it is damaged.
     """
+    if not folder or not (Path(folder) / "manifest.json").exists():
+        yield
+        return
     with ThreadPoolExecutor(1) as pool:
         verdict = pool.submit(damage, Path(folder), unread=("optimizer.safetensors",))
         yield
-        wrong = verdict.result() if folder and (Path(folder) / "manifest.json").exists() else ""
+        wrong = verdict.result()
     check(wrong == "", f"{folder} is damaged: {wrong}; take an earlier checkpoint, or remove manifest.json if you changed "
           "it yourself")

@@ -20,7 +20,7 @@ import prune
 from data import INDEX_KEYS, Sampler, sha256
 from model import ModelConfig, Transformer
 from settings import run_stage
-from weights import write_model
+from weights import write_assets, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "play", "wiki")
@@ -46,6 +46,14 @@ def random_model(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.flo
         else:
             p.copy_(noise if "embed" in name else noise / p.shape[1] ** 0.5)
     return model
+
+
+def write_model(folder: Path, tensors: dict[str, torch.Tensor], config, assets: list[Path]) -> None:
+    """Fill a folder as a model folder: model.safetensors, model_config.json and assets/."""
+    tensors = dict(sorted(tensors.items()))
+    shapes, dtypes = ({name: getattr(t, kind) for name, t in tensors.items()} for kind in ("shape", "dtype"))
+    write_tensors(folder / "model.safetensors", shapes, dtypes, tensors.__getitem__)
+    write_assets(folder, config, assets)
 
 
 def random_tokens(cfg: ModelConfig, B: int = 2, T: int = 16, seed: int = 0) -> torch.Tensor:
@@ -169,6 +177,8 @@ def read_metrics(out_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
+STEERED = dict(update="doremi", reference_loss=dict.fromkeys(DOMAINS, 3.0))
 SPEED = ("tokens_per_second", "mfu")
 
 

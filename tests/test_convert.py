@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_model
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
@@ -16,7 +17,7 @@ import convert
 from model import ModelConfig, Transformer
 from settings import UserError
 from tokenizer import load_tokenizer
-from weights import load_weights, read_model_config, write_model
+from weights import load_weights, read_model_config
 
 ROOT = Path(convert.__file__).parent
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NEEDED, refusal, run_script, tiny_config
+from conftest import NEEDED, refusal, run_script, tiny_config, write_model
 from safetensors.torch import load_file, save_file
 from test_prepare import MISTRAL, write_jsonl
 
@@ -18,7 +18,6 @@ import reference_loss
 from model import Transformer
 from prepare import PrepareSettings
 from prepare import main as run_prepare
-from weights import write_model
 
 LOSSES = {"n_params": [1e8, 1e9, 1e10], "wiki": [3.0, 2.5, 2.2]}
 

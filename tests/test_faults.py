@@ -14,17 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (DOMAINS, ROOT, at_draw, flags, flip, pretrain_settings, prune_settings, same_files,
-                      text_like, train_lines, without_speed, write_tokens)
+from conftest import (ROOT, STAGES, STEERED, at_draw, flags, flip, pretrain_settings, prune_settings, same_files, text_like,
+                      train_lines, without_speed, write_tokens)
 from safetensors.torch import load_file
 
 import pretrain
 import prune
 from settings import Interrupted, UserError
-from weights import all_checkpoints, damage
+from weights import all_checkpoints, damage, step_of
 
-STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
-STEERED = dict(update="doremi", reference_loss=dict.fromkeys(DOMAINS, 3.0))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -63,7 +61,6 @@ def test_resume_after_any_step_is_bit_identical(tmp_path, data_dir, source, stag
     cfg = make(data_dir, tmp_path / "parts", source, **changes)
     for step in range(1, 7):
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"SIGTERM after step {step}"):
-            at_draw(patch, step - 1, lambda: None)
             at_draw(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
             main(cfg)
         cfg = dataclasses.replace(cfg, resume=True)
@@ -82,7 +79,7 @@ def test_a_signal_saves_and_asks_to_be_queued_again(tmp_path, data_dir, source, 
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     folder, = all_checkpoints(tmp_path / "parts")
-    step = int(folder.name[5:])
+    step = step_of(folder)
     assert process.returncode == 75 and 14 <= step < 100
     assert err == f"{stage}.py: stopped by {number.name} after step {step}; go on with --resume\n"
     main(dataclasses.replace(cfg, resume=True))
@@ -97,7 +94,7 @@ def test_a_signal_under_torchrun_stops_all_ranks_at_one_step(tmp_path, data_dir,
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     folder, = all_checkpoints(tmp_path / "out")
-    step = int(folder.name[5:])
+    step = step_of(folder)
     assert damage(folder) == "" and 3 <= step < 300
     said = [line for line in err.splitlines() if line.startswith("prune.py: ")]
     assert said == [f"prune.py: stopped by SIGUSR1 after step {step}; go on with --resume"]
@@ -258,7 +255,7 @@ def test_a_flipped_bit_in_the_tokens_is_found(tmp_path, data_dir, source):
 def test_old_checkpoints_go(tmp_path, data_dir, source):
     cfg = pretrain_settings(data_dir, tmp_path / "out", source, max_steps=11, save_interval=2, keep_last=2, keep_every=4)
     pretrain.main(cfg)
-    assert [int(p.name[5:]) for p in all_checkpoints(tmp_path / "out")] == [4, 8, 10, 11]
+    assert [step_of(p) for p in all_checkpoints(tmp_path / "out")] == [4, 8, 10, 11]
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith("step")) == [
         ".lock", "config.json", "metrics.jsonl"]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from conftest import ROOT, flags, prune_settings, random_model, tiny_config, write_tokens
+from conftest import ROOT, flags, prune_settings, random_model, tiny_config, write_model, write_tokens
 
 import weights
 import convert
@@ -34,7 +34,7 @@ from model import ModelConfig, Transformer
 from prepare import read_documents
 from prune import PruneSettings
 from settings import UserError, parse_args
-from weights import load_weights, read_model_config, write_model
+from weights import load_weights, read_model_config
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 2))
 HANG, MEMORY = 20, 1000  # seconds for one input; MB that the process may grow by

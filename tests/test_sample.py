@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_model
 
 import sample
 from model import ModelConfig, Transformer
 from settings import UserError
-from weights import write_model
 
 CFG = ModelConfig(vocab_size=64, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, intermediate_size=48,
                   context_length=16)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import (DOMAINS, TARGET, at_draw, eval_lines, flags, pretrain_settings, prune_settings, read_metrics,
-                      run_script, same_files, tiny_config, train_lines, without_speed, write_data_dir, write_tokens)
+from conftest import (DOMAINS, STAGES, STEERED, TARGET, at_draw, eval_lines, flags, pretrain_settings, prune_settings,
+                      read_metrics, refusal, run_script, same_files, tiny_config, train_lines, without_speed,
+                      write_data_dir, write_tokens)
 from safetensors.torch import load_file, save_file
 
 import pretrain
@@ -18,12 +19,10 @@ from data import evaluate, open_run_data
 from l0 import L0, mask_sets
 from model import Transformer
 from runtime import Processes, clip_and_step, lr_factor, make_optimizer
-from settings import UserError, run_stage
+from settings import UserError
 from weights import load_weights
 
-STAGES = {"prune": (prune.main, prune_settings), "pretrain": (pretrain.main, pretrain_settings)}
 SAME_SIZE = dict.fromkeys(TARGET) | dict(pruning_modules=())  # target None: the source's
-STEERED = dict(update="doremi", reference_loss=dict.fromkeys(DOMAINS, 3.0))
 
 
 # ---- the same weights
@@ -353,22 +352,12 @@ def test_skipped_steps_are_counted_and_leave_all_as_it_was(tmp_path, data_dir, s
     assert json.loads((b / "state.json").read_text())["skipped"] == 3
 
 
-def run_here(stage: str, settings, monkeypatch, capsys) -> tuple[int, str]:
-    """The stage's `__main__` in this process: (exit status, stderr)."""
-    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *flags(settings)])
-    with pytest.raises(SystemExit) as stop:
-        run_stage(sys.modules[stage].main, type(settings))
-    return stop.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, data_dir, source, stage, monkeypatch, capsys):
     spoil(monkeypatch, sys.modules[stage], steps={1, 3, 4, 5})  # one alone does no harm
     settings = STAGES[stage][1](data_dir, tmp_path / "out", source, max_skipped=3, max_steps=9)
-    code, err = run_here(stage, settings, monkeypatch, capsys)
-    lines = err.strip().splitlines()
-    assert code == 2 and len(lines) == 1
-    assert lines[0].startswith(f"{stage}.py: the gradient was not finite in 3 steps in a row, up to step 6")
+    line = refusal(stage, flags(settings), monkeypatch, capsys)
+    assert line.startswith("the gradient was not finite in 3 steps in a row, up to step 6")
     a, b = (load_file(tmp_path / "out" / step / "model.safetensors") for step in ("step_0000003", "step_0000006"))
     assert all(torch.equal(a[name], b[name]) for name in a)  # skipped steps change nothing, so the last one is good too
 
