@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from checkpoint import read_state
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
-from settings import check, run_stage, user_errors
-from weights import (check_finite, latest_checkpoint, load_weights, new_folder, one_thread, read_model_config, tensor_names,
-                     tensor_reader, verified, write_assets, write_tensors)
+from run.checkpoint import read_state
+from run.settings import check, run_stage, user_errors
+from run.weights import (check_finite, latest_checkpoint, load_weights, new_folder, one_thread, read_model_config,
+                         tensor_names, tensor_reader, verified, write_assets, write_tensors)
 
 CHECKED = 8  # tokens of a sequence that the check runs
 TOLERANCE = 1e-4  # of the logits' largest magnitude: what fp32 rounding may do to them

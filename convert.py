@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer, parameter_shapes
-from settings import UserError, check, read_json, require, run_stage
-from tokenizer import load_tokenizer
-from weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
-                     read_tensor, verified, write_tensors)
+from run.settings import UserError, check, read_json, require, run_stage
+from run.tokenizer import load_tokenizer
+from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
+                         read_tensor, verified, write_tensors)
 
 # What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",

@@ -10,7 +10,6 @@ A window is T + 1 tokens and starts every T tokens, so each token of a window bu
 import hashlib
 import json
 import math
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from run.weights import sha256
 
 INDEX_KEYS = {"format": int, "domain": str, "split": str, "dtype": str, "n_tokens": int, "n_documents": int,
               "n_bytes": int, "vocab_size": int, "tokenizer": str, "sha256": str}
@@ -128,6 +129,24 @@ class RunData:
     def domains(self) -> list[str]:
         return [s.domain for s in self.train]
 
+    def verify(self) -> None:
+        """Raises ValueError, naming the file, if one differs from the checksum in its index.  Reads all, in 8 threads."""
+        files = [file for split in (*self.train, *self.eval) for file in split.checksums]
+        with ThreadPoolExecutor(8) as pool:
+            for (path, want), got in zip(files, pool.map(lambda file: sha256(file[0]), files)):
+                if got != want:
+                    raise ValueError(f"{path} differs from the checksum in its index: damaged or changed since prepare.py "
+                                     "wrote it; copy it again, or remove it and its index and run prepare.py again")
+
+    def budget_table(self, domain_weights: dict[str, float], cursors: dict[str, int], sequences: int) -> str:
+        """Per domain: tokens there, tokens still needed for so many sequences at these weights, epochs.  For people."""
+        rows = [f"{'domain':<16}{'weight':>9}{'tokens there':>16}{'tokens needed':>16}{'epochs':>9}"]
+        for s in self.train:
+            share = domain_weights[s.domain]
+            need = cursors[s.domain] + share * sequences  # sequences
+            rows.append(f"{s.domain:<16}{share:>9.4f}{s.n_tokens:>16,}{need * s.seq_len:>16,.0f}{need / s.n_windows:>9.2f}")
+        return "\n".join(rows)
+
 
 def open_run_data(data_dir: str | Path, domains: list[str], *, split: str, seq_len: int, vocab_size: int,
                   context_length: int) -> RunData:
@@ -146,27 +165,6 @@ def open_run_data(data_dir: str | Path, domains: list[str], *, split: str, seq_l
         raise ValueError(f"{data_dir} was made with a tokenizer of {train[0].vocab_size} tokens, but the model knows "
                          f"{vocab_size}; prepare the text with the model's tokenizer")
     return RunData(train, open_domains(data_dir, domains, "eval", seq_len), data_dir / "tokenizer")
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes as the disk has them, not the page cache, where the system can be asked for that."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def verify_tokens(data: RunData) -> None:
-    """Raises ValueError, naming the file, if one differs from the checksum in its index.  Reads all, in 8 threads."""
-    files = [file for split in (*data.train, *data.eval) for file in split.checksums]
-    with ThreadPoolExecutor(8) as pool:
-        for (path, want), got in zip(files, pool.map(lambda file: sha256(file[0]), files)):
-            if got != want:
-                raise ValueError(f"{path} differs from the checksum in its index: damaged or changed since prepare.py wrote "
-                                 "it; copy it again, or remove it and its index and run prepare.py again")
 
 
 # ---- the sampler
@@ -261,16 +259,6 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def budget_table(splits: list[Split], domain_weights: dict[str, float], cursors: dict[str, int], sequences: int) -> str:
-    """Per domain: tokens there, tokens still needed for so many sequences at these weights, epochs.  For people."""
-    rows = [f"{'domain':<16}{'weight':>9}{'tokens there':>16}{'tokens needed':>16}{'epochs':>9}"]
-    for s in splits:
-        share = domain_weights[s.domain]
-        need = cursors[s.domain] + share * sequences  # sequences
-        rows.append(f"{s.domain:<16}{share:>9.4f}{s.n_tokens:>16,}{need * s.seq_len:>16,.0f}{need / s.n_windows:>9.2f}")
-    return "\n".join(rows)
-
-
 # ---- evaluation and dynamic batch loading
 
 
@@ -278,7 +266,7 @@ def budget_table(splits: list[Split], domain_weights: dict[str, float], cursors:
 def evaluate(model, masks: dict[str, Tensor], splits: list[Split], cfg, processes) -> dict[str, float | None]:
     """Mean loss of each domain, nats a token, over up to cfg.eval_sequences fixed windows; None where there is none.
 
-    model: Transformer.  masks: as its forward takes them.  cfg, processes: runtime's TrainSettings and Processes.
+    model: Transformer.  masks: as its forward takes them.  cfg, processes: TrainSettings and Processes, of run/.
     Micro-batches go to the ranks in turn, all of one shape, and each loss is added by one rank alone: the result does
     not depend on the number of ranks.  Raises ValueError if a loss is not finite.
     """
@@ -306,7 +294,7 @@ def evaluate(model, masks: dict[str, Tensor], splits: list[Split], cfg, processe
 
 
 def steer(state, losses: dict[str, float | None], cfg) -> None:
-    """Dynamic batch loading after an evaluation: new domain weights in a runtime.RunState, as TrainSettings say.
+    """Dynamic batch loading after an evaluation: new domain weights in a RunState, as TrainSettings say.
 
     Without reference losses the first evaluation, of the source as it is, becomes the reference.  It changes no weights.
     """

@@ -36,8 +36,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from settings import UserError, check, read_json, require, run_stage
-from tokenizer import Tokenizer, load_tokenizer
+from run.settings import UserError, check, read_json, require, run_stage
+from run.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("eval", "prune", "train")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")

@@ -7,19 +7,22 @@ The loop is prune.py's without masks; tests/test_training.py holds the two to th
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from checkpoint import load_optimizer, parameter_names, save_checkpoint, start_run
-from data import RunData, Sampler, evaluate, open_run_data, steer
+from data import Batch, RunData, Sampler, evaluate, open_run_data, steer
 from model import ModelConfig, Transformer, init_weights
-from plan import preflight, report
-from runtime import (Metrics, Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync,
-                     shard, start_processes, used_up, wrap)
-from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from weights import load_weights, read_model_config
+from run.checkpoint import load_optimizer, parameter_names, save_checkpoint, start_run
+from run.metrics import Metrics
+from run.plan import Parts, preflight, report
+from run.processes import (Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync, shard,
+                           start_processes, used_up, wrap)
+from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
+from run.weights import load_weights, read_model_config
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PretrainSettings(TrainSettings):
         files = {name: os.path.join(self.init_from, f"{name}.json") for name in ("reference_loss", "domain_weights")}
         here = " ".join(f"--{name}={path}" for name, path in files.items() if self.init_from and os.path.isfile(path))
         require(self.update == "constant" or self.reference_loss != "", "update = doremi needs reference_loss: what the "
-                "losses should come down to (" + (f"here: {here}" if here else "reference_loss.py computes it")
+                "losses should come down to (" + (f"here: {here}" if here else "tools.reference_loss computes it")
                 + "); or take --update=constant")
 
 
@@ -76,7 +79,7 @@ def main(cfg: PretrainSettings) -> None:
     with user_errors():
         shape = model_config(cfg)
     if cfg.plan:
-        return print(report(cfg, shape, {}))
+        return print(report(cfg, shape, {}, Parts(Transformer)))
     processes = start_processes(cfg)
     signals = Signals(processes)
     with user_errors():
@@ -93,11 +96,38 @@ def main(cfg: PretrainSettings) -> None:
     train(cfg, processes, signals, data, sampler, state, model, optimizer, assets)
 
 
-def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
-    """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
+def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, optimizer: torch.optim.AdamW, sampler: Sampler,
+               batch: Batch, step: int, mark: Callable[[str], None] = lambda phase: None) -> dict[str, Tensor]:
+    """One step of the optimizer: accumulate, clip, step.  model: of `wrap`.  mark(phase) is called as each phase ends.
+
+    Returns what a log line averages, 0-d tensors on the device: the loss, and what `clip_and_step` tells.
+    """
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
+    found = {"loss": torch.zeros((), device=device)}
+    for micro_step in range(accum):
+        index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
+        rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
+        tokens, targets = sampler.load(batch, rows, device)
+        mark("data")
+        with no_sync(model, last=micro_step == accum - 1):
+            with processes.autocast():
+                loss = model(tokens, targets) / accum
+            mark("forward")
+            loss.backward()
+        found["loss"] += loss.detach()
+        mark("backward")
+    found |= clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip)
+    mark("optimizer")
+    return found
+
+
+def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
+          model: Transformer, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
+    """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
+
+    A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.
+    """
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
     first = state.step
@@ -121,16 +151,7 @@ def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: R
         if last:
             break
         metrics.start_clock()
-        for micro_step in range(accum):
-            index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
-            rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
-            tokens, targets = sampler.load(batch, rows, device)
-            with no_sync(wrapped, last=micro_step == accum - 1):
-                with processes.autocast():
-                    loss = wrapped(tokens, targets) / accum
-                loss.backward()
-            metrics.add("loss", loss)
-        metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
+        metrics.add(train_step(cfg, processes, wrapped, optimizer, sampler, batch, step))
         state.step, state.cursors = step + 1, batch.cursors
         if state.step % cfg.log_interval == 0 or state.step == cfg.max_steps:
             metrics.log({})

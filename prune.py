@@ -14,21 +14,24 @@ open or closed.  The end of a run says how many near-dead units were kept.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
-from checkpoint import load_optimizer, parameter_names, save_checkpoint, save_masks, start_run
-from data import RunData, Sampler, evaluate, open_run_data, steer
+from data import Batch, RunData, Sampler, evaluate, open_run_data, steer
 from l0 import L0, expected_params, mask_sets, prob_open
 from model import ModelConfig, Transformer
-from plan import preflight, report
-from runtime import (Metrics, Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor,
-                     make_optimizer, no_sync, shard, start_processes, used_up, wrap)
-from settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from weights import load_weights, read_model_config
+from run.checkpoint import load_optimizer, parameter_names, save_checkpoint, save_masks, start_run
+from run.metrics import Metrics
+from run.plan import Parts, preflight, report
+from run.processes import (Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor, make_optimizer,
+                           no_sync, shard, start_processes, used_up, wrap)
+from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
+from run.weights import load_weights, read_model_config
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def shapes(cfg: PruneSettings) -> tuple[ModelConfig, ModelConfig, dict]:
 def main(cfg: PruneSettings) -> None:
     source, target, sets = shapes(cfg)
     if cfg.plan:
-        return print(report(cfg, source, sets))
+        return print(report(cfg, source, sets, Parts(Transformer, L0)))
     processes = start_processes(cfg)
     signals = Signals(processes)
     with user_errors():
@@ -146,14 +149,51 @@ def main(cfg: PruneSettings) -> None:
                       f"the target's {asked:.4f}; {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
 
 
+def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks: L0, optimizer: torch.optim.AdamW,
+               sampler: Sampler, batch: Batch, step: int,
+               mark: Callable[[str], None] = lambda phase: None) -> dict[str, Tensor]:
+    """One step of the optimizers: accumulate, clip, step.  model: of `wrap`.  mark(phase) is called as each phase ends.
+
+    Returns what a log line averages, 0-d tensors on the device: the losses, and what `clip_and_step` tells.
+    """
+    rank, world, device = processes.rank, processes.world, processes.device
+    accum, log_alphas = cfg.global_batch_size // (cfg.micro_batch_size * world), list(masks.log_alpha.values())
+    found = {"loss": torch.zeros((), device=device)}
+    for micro_step in range(accum):
+        index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
+        rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
+        tokens, targets = sampler.load(batch, rows, device)
+        mark("data")
+        z = masks.sample(cfg.seed, step, index)
+        mark("masks")
+        with no_sync(model, last=micro_step == accum - 1):
+            with processes.autocast():
+                loss = model(tokens, targets, z) / accum
+            mark("forward")
+            loss.backward()
+        found["loss"] += loss.detach()
+        mark("backward")
+    if log_alphas:
+        average_gradients(log_alphas, processes)
+        lagrangian = masks.lagrangian(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
+        lagrangian.backward()  # after averaging: it is the same on every rank
+        found["loss/lagrangian"] = lagrangian.detach()
+    mark("masks")
+    found |= clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip)
+    masks.clamp_()
+    mark("optimizer")
+    return found
+
+
 def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
           model: Transformer, masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig, assets: list[Path]) -> None:
-    """The loop: evaluate and save if it is time, then accumulate, clip, step, log."""
-    rank, world, device = processes.rank, processes.world, processes.device
-    accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
+    """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
+
+    A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.
+    """
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
-    log_alphas, first = list(masks.log_alpha.values()), state.step
+    first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps
         metrics.stop_clock()
@@ -164,7 +204,7 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
                 losses = evaluate(model, z, data.eval, cfg, processes)
             steer(state, losses, cfg)
             metrics.evaluation(losses)
-            if rank == 0 and log_alphas:
+            if processes.rank == 0 and masks.sets:
                 save_masks(cfg.out_dir, masks, step)
         stop = metrics.stop
         if not last:
@@ -179,23 +219,7 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
         if last:
             break
         metrics.start_clock()
-        for micro_step in range(accum):
-            index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
-            rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
-            tokens, targets = sampler.load(batch, rows, device)
-            z = masks.sample(cfg.seed, step, index)
-            with no_sync(wrapped, last=micro_step == accum - 1):
-                with processes.autocast():
-                    loss = wrapped(tokens, targets, z) / accum
-                loss.backward()
-            metrics.add("loss", loss)
-        average_gradients(log_alphas, processes)
-        if log_alphas:
-            lagrangian = masks.lagrangian(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
-            lagrangian.backward()  # after averaging: it is the same on every rank
-            metrics.add("loss/lagrangian", lagrangian)
-        metrics.add_norms(*clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip))
-        masks.clamp_()
+        metrics.add(train_step(cfg, processes, wrapped, masks, optimizer, sampler, batch, step))
         state.step, state.cursors = step + 1, batch.cursors
         if state.step % cfg.log_interval == 0 or state.step == cfg.max_steps:
             metrics.log(mask_metrics(masks, model.cfg, cfg, state.step))

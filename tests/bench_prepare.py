@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import demo  # noqa: E402
-from tokenizer import LLAMA3_PATTERN  # noqa: E402
+from tools import demo  # noqa: E402
+from run.tokenizer import LLAMA3_PATTERN  # noqa: E402
 
 # prepare.py; its last line: peak of resident memory of the parent and of the largest worker, KiB; CPU seconds of all
 MEASURED = """

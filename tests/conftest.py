@@ -19,8 +19,8 @@ import pretrain
 import prune
 from data import INDEX_KEYS, Sampler, sha256
 from model import ModelConfig, Transformer
-from settings import run_stage
-from weights import write_assets, write_tensors
+from run.settings import run_stage
+from run.weights import write_assets, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "play", "wiki")
@@ -148,7 +148,7 @@ def flags(settings) -> list[str]:
 
 
 def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
-    """`python FILE.py ...` from the repository root, or torchrun of it."""
+    """`python FILE.py ...` or `python -m tools.NAME ...` from the repository root, or torchrun of it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run([sys.executable, *launcher, *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
@@ -161,9 +161,14 @@ SETTINGS = {"prepare": "PrepareSettings", "convert": "ConvertSettings", "prune":
             "reference_loss": "ReferenceSettings"}
 
 
+def module_of(stage: str):
+    """The module of a stage, at the top level, or of a tool."""
+    return importlib.import_module(stage if (ROOT / f"{stage}.py").exists() else f"tools.{stage}")
+
+
 def refusal(stage: str, argv: list[str], monkeypatch, capsys) -> str:
     """The stage's `__main__` in this process.  Returns its one line on stderr, without the stage's name."""
-    module = importlib.import_module(stage)
+    module = module_of(stage)
     monkeypatch.setattr(sys, "argv", [f"/some/where/{stage}.py", *argv])
     with pytest.raises(SystemExit) as stop:
         run_stage(module.main, getattr(module, SETTINGS[stage]))

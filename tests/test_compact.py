@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (TARGET, prune_settings, random_model, random_tokens, run_script, soft_mask, tiny_config,
-                      write_model)
+from conftest import TARGET, prune_settings, random_model, random_tokens, run_script, soft_mask, tiny_config, write_model
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,8 +20,8 @@ import prune
 from compact import compact
 from l0 import L0, MASKS, mask_sets
 from model import ModelConfig, Transformer
-from settings import UserError
-from weights import load_weights, read_model_config
+from run.settings import UserError
+from run.weights import load_weights, read_model_config
 
 EXAMPLES = settings(max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -9,7 +9,7 @@ import pretrain
 import prune
 from l0 import mask_sets
 from model import ModelConfig
-from settings import parse_args
+from run.settings import parse_args
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
 LLAMA2_7B = ModelConfig(vocab_size=32000, hidden_size=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128,

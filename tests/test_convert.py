@@ -15,9 +15,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 
 import convert
 from model import ModelConfig, Transformer
-from settings import UserError
-from tokenizer import load_tokenizer
-from weights import load_weights, read_model_config
+from run.settings import UserError
+from run.tokenizer import load_tokenizer
+from run.weights import load_weights, read_model_config
 
 ROOT = Path(convert.__file__).parent
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -11,9 +11,9 @@ from conftest import random_model, text_like, tiny_config, write_data_dir, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (Sampler, Split, budget_table, evaluate, open_domains, open_run_data, open_split, permute, steer,
+from data import (RunData, Sampler, Split, evaluate, open_domains, open_run_data, open_split, permute, steer,
                   update_domain_weights)
-from runtime import Processes, RunState
+from run.processes import Processes, RunState
 
 CPU = torch.device("cpu")
 CHECKED = settings(max_examples=150, deadline=None, derandomize=True)
@@ -178,7 +178,7 @@ def test_exhausted_names_the_domains_that_began_again(n, before, drawn):
 
 def test_budget_table_counts_tokens_and_epochs(tmp_path):
     splits = numbered(tmp_path, {"a": 50, "b": 100})
-    table = budget_table(splits, {"a": 0.25, "b": 0.75}, {"a": 10, "b": 0}, 1000).splitlines()
+    table = RunData(splits, [], tmp_path).budget_table({"a": 0.25, "b": 0.75}, {"a": 10, "b": 0}, 1000).splitlines()
     assert table[1].split() == ["a", "0.2500", "201", "1,040", "5.20"]
     assert table[2].split() == ["b", "0.7500", "401", "3,000", "7.50"]
 

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (DOMAINS, SETTINGS, TINY, flags, flip, pretrain_settings, prune_settings, refusal, run_script,
-                      tiny_config, write_data_dir, write_tokens)
+from conftest import (DOMAINS, SETTINGS, TINY, flags, flip, module_of, pretrain_settings, prune_settings, refusal,
+                      run_script, tiny_config, write_data_dir, write_tokens)
 from safetensors.torch import load_file, save_file
 from test_prepare import MISTRAL
 
-from settings import UserError, run_stage
-from weights import new_folder
+from run.settings import UserError, run_stage
+from run.weights import new_folder
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ CASES = {
         "pretrain", nothing, dict(init_from="", shape="{n_layers: 3}"), "shape = .*write --shape='{"),
     "a shape of a million layers": (
         "pretrain", nothing, dict(init_from="", shape=TINY | dict(n_layers=10**6)), "shape: n_layers = 1000000"),
-    "no reference losses": ("pretrain", nothing, dict(update="doremi"), r"reference_loss\.py computes it"),
+    "no reference losses": ("pretrain", nothing, dict(update="doremi"), r"tools\.reference_loss computes it"),
     "no reference losses, though they are there": (
         "pretrain", lambda p: (p.model / "reference_loss.json").write_text("{}"), dict(update="doremi"),
         "--reference_loss=.*/model/reference_loss.json"),
@@ -227,7 +227,7 @@ def test_mistakes_are_named_in_one_line(case, place, monkeypatch, capsys):
 def test_mistakes_of_resuming(place, monkeypatch, capsys, stage):
     argv = arguments(stage, place, {})
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *argv])
-    module = importlib.import_module(stage)
+    module = module_of(stage)
     run_stage(module.main, getattr(module, SETTINGS[stage]))
     before = {p: p.read_bytes() for p in place.out.rglob("*") if p.is_file() and p.name != "config.json"}
     capsys.readouterr()
@@ -302,7 +302,7 @@ def test_data_dir_of_the_cases_is_good(place, monkeypatch):
     """The table above fails for its reasons only: unspoiled, both stages run."""
     write_data_dir(place.root / "more", dict(code=3000))
     for stage in ("prune", "pretrain"):
-        module = importlib.import_module(stage)
+        module = module_of(stage)
         argv = arguments(stage, place, dict(data_dir=str(place.root / "more"), out_dir=str(place.out / stage), max_steps=1))
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *argv])
         run_stage(module.main, getattr(module, SETTINGS[stage]))

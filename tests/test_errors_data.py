@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_prepare import MISTRAL, write_jsonl
 
 import convert
-import reference_loss
 from model import Transformer
-from prepare import PrepareSettings
-from prepare import main as run_prepare
+from prepare import PrepareSettings, main as run_prepare
+from tools import reference_loss
 
 LOSSES = {"n_params": [1e8, 1e9, 1e10], "wiki": [3.0, 2.5, 2.2]}
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 import pretrain
 import prune
-from settings import Interrupted, UserError
-from weights import all_checkpoints, damage, step_of
+from run.settings import Interrupted, UserError
+from run.weights import all_checkpoints, damage, step_of
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 

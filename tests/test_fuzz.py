@@ -25,16 +25,15 @@ import pytest
 import zstandard
 from conftest import ROOT, flags, prune_settings, random_model, tiny_config, write_model, write_tokens
 
-import weights
 import convert
-import settings
-from checkpoint import read_state
 from data import open_split
 from model import ModelConfig, Transformer
 from prepare import read_documents
 from prune import PruneSettings
-from settings import UserError, parse_args
-from weights import load_weights, read_model_config
+from run import settings, weights
+from run.checkpoint import read_state
+from run.settings import UserError, parse_args
+from run.weights import load_weights, read_model_config
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 2))
 HANG, MEMORY = 20, 1000  # seconds for one input; MB that the process may grow by

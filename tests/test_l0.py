@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
-from l0 import LOG_ALPHA_MAX, LOG_ALPHA_MIN, MASKS, L0, dims, expected_params, mask_sets, prob_open, sample
+from l0 import L0, LOG_ALPHA_MAX, LOG_ALPHA_MIN, MASKS, dims, expected_params, mask_sets, prob_open, sample
 from model import ModelConfig
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "l0_small.npz")

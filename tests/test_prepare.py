@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 import prepare
-from prepare import SPLITS, PrepareSettings
-from settings import UserError
-from tokenizer import load_tokenizer
+from prepare import PrepareSettings, SPLITS
+from run.settings import UserError
+from run.tokenizer import load_tokenizer
 
 MISTRAL = str(Path(importlib.util.find_spec("mistral_common").submodule_search_locations[0]) / "data" / "tokenizer.model.v1")
 DOCUMENTS = [f"Document {i}.\n" + "".join(f" {w} é漢😀\t{i * w}" for w in range(i % 17)) for i in range(240)]

@@ -11,49 +11,53 @@ from pathlib import Path
 
 import pytest
 
-import bench
 import compact
 import convert
-import plot
 import prepare
 import pretrain
 import prune
-import reference_loss
-import sample
-from settings import parse_args
+from run.settings import parse_args
+from tools import bench, reference_loss, sample, scaling
 
 README = Path("README.md").read_text(encoding="utf-8")
+DOCS = README + "".join(p.read_text(encoding="utf-8") for p in sorted(Path("docs").glob("*.md")))
 SETTINGS = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSettings, "compact.py": compact.CompactSettings,
-            "convert.py": convert.ConvertSettings, "prepare.py": prepare.PrepareSettings, "sample.py": sample.SampleSettings,
-            "reference_loss.py": reference_loss.ReferenceSettings, "bench.py": bench.BenchSettings,
-            "plot.py": plot.PlotSettings}
-COMMANDS = [c for c in re.findall(r"(?:python|torchrun [^\n`]*?) ?(\w+\.py [^\n`]*)", README.replace("\\\n", " "))
-            if not c.startswith("demo.py")]
+            "convert.py": convert.ConvertSettings, "prepare.py": prepare.PrepareSettings,
+            "-m tools.sample": sample.SampleSettings, "-m tools.reference_loss": reference_loss.ReferenceSettings,
+            "-m tools.bench": bench.BenchSettings, "-m tools.scaling": scaling.ScalingSettings}
+COMMANDS = [c for c in re.findall(r"(?:python|torchrun [^\n`]*?) ?((?:-m tools\.\w+|\w+\.py) [^\n`]*)",
+                                  DOCS.replace("\\\n", " ")) if not c.startswith("-m tools.demo")]
 CPU_COMMANDS = next(block for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) if "SMOLLM2" in block)
 
 
+def command_of(line: str) -> tuple[str, list[str]]:
+    """The stage or tool that a command runs, as SETTINGS names it, and its arguments."""
+    first, *rest = shlex.split(line)
+    return (first, rest) if first != "-m" else (f"-m {rest[0]}", rest[1:])
+
+
 def test_there_are_commands_of_every_stage():
-    assert {shlex.split(c)[0] for c in COMMANDS} >= SETTINGS.keys()
+    assert {command_of(c)[0] for c in COMMANDS} >= SETTINGS.keys()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" not in c and "--verify`" not in c])
 def test_command_is_accepted(command):
-    stage, *arguments = shlex.split(command)
+    stage, arguments = command_of(command)
     parse_args(SETTINGS[stage], arguments)
 
 
 def test_every_setting_and_file_named_exists():
     names = {f for cls in SETTINGS.values() for f in cls.__dataclass_fields__}
-    named = {n.replace("-", "_") for n in re.findall(r"`--([a-z_]+)[`= ]", README)} - {"help"}
+    named = {n.replace("-", "_") for n in re.findall(r"`--([a-z_]+)[`= ]", DOCS)} - {"help"}
     assert named <= names
-    for path in re.findall(r"`((?:configs/|tests/)?\w+\.py)`", README):
+    for path in re.findall(r"`((?:configs/|tests/|tools/|run/)?\w+\.py)`", DOCS):
         assert Path(path).is_file(), path
 
 
 @pytest.mark.slow
 def test_cpu_commands_run(tmp_path):
     """The block about SmolLM2, typed in a copy of the repository: the masks move as asked, the export is checked there."""
-    for path in (*Path(".").glob("*.py"), Path("configs")):
+    for path in (*Path(".").glob("*.py"), *map(Path, ("configs", "run", "tools"))):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(["bash", "-euc", CPU_COMMANDS], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -71,7 +75,7 @@ def test_cpu_commands_run(tmp_path):
 
 @pytest.mark.parametrize("stage", SETTINGS)
 def test_help(stage):
-    result = subprocess.run([sys.executable, stage, "--help"], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, *stage.split(), "--help"], capture_output=True, text=True, check=True)
     for name in SETTINGS[stage].__dataclass_fields__:
         assert f"--{name}=" in result.stdout
 

@@ -11,7 +11,7 @@ from bench_prepare import prepare, text, write_raw
 from conftest import text_like, write_tokens
 from test_prepare import MISTRAL
 
-from data import Sampler, budget_table, open_split
+from data import RunData, Sampler, open_split
 
 CPU, T = torch.device("cpu"), 4096
 
@@ -74,7 +74,7 @@ def test_a_trillion_tokens_open_within_a_second_and_in_constant_memory(tmp_path,
     assert len(np.unique(batch.window[:100])) == 100 and batch.window.max() > 0.9 * split.n_windows
     assert tokens.shape == (64, T)
     assert np.array_equal(split.window(split.n_windows - 1), np.arange(T + 1))  # no offset has wrapped
-    assert f"{n_tokens:,}" in budget_table([split], {"huge": 1.0}, {"huge": 0}, split.n_windows)
+    assert f"{n_tokens:,}" in RunData([split], [], Path()).budget_table({"huge": 1.0}, {"huge": 0}, split.n_windows)
 
 
 @pytest.mark.slow

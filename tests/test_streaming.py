@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT)]  # for the script; pytest has it
 from convert import config_to_hf  # noqa: E402
 from l0 import L0, mask_sets  # noqa: E402
 from model import ModelConfig, parameter_shapes  # noqa: E402
-from weights import write_tensors  # noqa: E402
+from run.weights import write_tensors  # noqa: E402
 
 # A stage; its last line is its peak of resident memory in KiB, and its seconds after all imports, by the clock and of CPU.
 MEASURED = """

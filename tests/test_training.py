@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import (DOMAINS, STAGES, STEERED, TARGET, at_draw, eval_lines, flags, pretrain_settings, prune_settings,
-                      read_metrics, refusal, run_script, same_files, tiny_config, train_lines, without_speed,
-                      write_data_dir, write_tokens)
+                      read_metrics, refusal, run_script, same_files, tiny_config, train_lines, without_speed, write_data_dir,
+                      write_tokens)
 from safetensors.torch import load_file, save_file
 
 import pretrain
@@ -18,9 +18,9 @@ import prune
 from data import evaluate, open_run_data
 from l0 import L0, mask_sets
 from model import Transformer
-from runtime import Processes, clip_and_step, lr_factor, make_optimizer
-from settings import UserError
-from weights import load_weights
+from run.processes import Processes, clip_and_step, lr_factor, make_optimizer
+from run.settings import UserError
+from run.weights import load_weights
 
 SAME_SIZE = dict.fromkeys(TARGET) | dict(pruning_modules=())  # target None: the source's
 
@@ -294,7 +294,8 @@ def test_a_step_without_finite_gradient_changes_nothing_and_the_next_one_works()
     def step(value: float):
         weights.grad, masks.grad = torch.ones(3, 4), torch.ones(3, 4)
         masks.grad[1, 1] = value
-        return clip_and_step(optimizer, 1.0, 1.0)
+        found = clip_and_step(optimizer, 1.0, 1.0)
+        return torch.stack([found["grad_norm/weights"], found["grad_norm/log_alpha"]]), found["skipped"]
 
     def everything():
         return [weights.detach().clone(), masks.detach().clone()] + [
@@ -316,8 +317,9 @@ def test_each_group_is_clipped_by_its_own_norm():
     a, b = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(9))
     optimizer = make_optimizer([dict(params=[a], lr=0.1), dict(params=[b], lr=0.1)])
     a.grad, b.grad = torch.full((4,), 0.1), torch.full((9,), 1000.0)
-    norms, _ = clip_and_step(optimizer, 1.0, 1.0)
-    torch.testing.assert_close(norms, torch.tensor([0.2, 3000.0]))
+    found = clip_and_step(optimizer, 1.0, 1.0)
+    torch.testing.assert_close(torch.stack([found["grad_norm/weights"], found["grad_norm/log_alpha"]]),
+                               torch.tensor([0.2, 3000.0]))
     torch.testing.assert_close(optimizer.state[a]["exp_avg"], torch.full((4,), 0.01))  # not shrunk by b's
     torch.testing.assert_close(optimizer.state[b]["exp_avg"], torch.full((9,), 0.1 / 3))
 

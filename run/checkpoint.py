@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from data import RunData
-from runtime import Processes, RunState
-from settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
-from tokenizer import load_tokenizer
-from weights import (all_checkpoints, damage, is_finite, latest_checkpoint, let_go, new_folder, part_of, read_tensors,
-                     step_of, verified, write_assets, write_manifest, write_tensors)
+from run.processes import Processes, RunState
+from run.settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
+from run.tokenizer import load_tokenizer
+from run.weights import (all_checkpoints, damage, is_finite, latest_checkpoint, let_go, new_folder, part_of, read_tensors,
+                         step_of, verified, write_assets, write_manifest, write_tensors)
 
 # Settings that a resumed run must keep, as it must its target_* and its tokens.
 FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
@@ -161,7 +160,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, nn.Paramet
         optimizer.state[p][key] = tensor.to(p.device) if key == "step" else part_of(tensor, p)
 
 
-def start_run(cfg: TrainSettings, data: RunData) -> tuple[RunState, Path | None, list[Path]]:
+def start_run(cfg: TrainSettings, data) -> tuple[RunState, Path | None, list[Path]]:
     """Make out_dir, or find where to go on: (state, checkpoint folder or None for a fresh start, assets to carry along).
 
     For rank 0 (`Processes.on_main`).  Raises UserError.
@@ -202,7 +201,7 @@ def lock(out_dir: Path) -> None:
         print(f"note: {out_dir} cannot be locked ({error.strerror}): see that no second run writes there", flush=True)
 
 
-def fresh_state(cfg: TrainSettings, data: RunData) -> RunState:
+def fresh_state(cfg: TrainSettings, data) -> RunState:
     """Before the first step.  Raises UserError or ValueError."""
     domains = data.domains
     weights = by_domain("domain_weights", cfg.domain_weights) or {d: 1 / len(domains) for d in domains}
@@ -213,12 +212,12 @@ def fresh_state(cfg: TrainSettings, data: RunData) -> RunState:
     return RunState(0, weights, dict.fromkeys(domains, 0), reference, tokens=fingerprints(data))
 
 
-def fingerprints(data: RunData) -> dict[str, str]:
+def fingerprints(data) -> dict[str, str]:
     """What tells each domain's training tokens from others: a hash of their files' checksums."""
     return {s.domain: hashlib.sha256("".join(want for _, want in s.checksums).encode()).hexdigest() for s in data.train}
 
 
-def resumed_state(cfg: TrainSettings, data: RunData, folder: Path) -> RunState:
+def resumed_state(cfg: TrainSettings, data, folder: Path) -> RunState:
     """As a checkpoint holds it.  Raises UserError if the run is to go on with other settings than can be changed."""
     state = read_state(folder)
     check(sorted(state.domain_weights) == sorted(data.domains), f"{folder} was trained on the domains "
@@ -235,7 +234,7 @@ def resumed_state(cfg: TrainSettings, data: RunData, folder: Path) -> RunState:
     return state
 
 
-def carried_assets(cfg: TrainSettings, data: RunData) -> list[Path]:
+def carried_assets(cfg: TrainSettings, data) -> list[Path]:
     """Folders whose files go into every checkpoint.  Raises UserError if the model has another tokenizer than the data."""
     assets = [data.tokenizer_dir]
     if cfg.init_from:

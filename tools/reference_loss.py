@@ -1,6 +1,6 @@
 """Reference losses of a target that does not exist yet: a power law through the losses of models of one family.
 
-    python reference_loss.py --losses=losses.json --n_params=1345423360 --out=reference_loss.json
+    python -m tools.reference_loss --losses=losses.json --n_params=1345423360 --out=reference_loss.json
 
 losses.json: {"n_params": [6738415616, 13015864320, 68976648192], "cc": [1.7520, 1.6680, 1.4621], ...}, nats a token, each
 domain's in the order of n_params.  For each domain fits l(N) = a / N^b + c (Sheared LLaMA, section 3.2) and evaluates it at
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from settings import UserError, check, read_json, require, run_stage
+from run.settings import UserError, check, read_json, require, run_stage
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Settings of every stage: a frozen dataclass, filled from its defaults, Python files and flags, and checked.  Apart from
-runtime.py, since prepare.py, convert.py and compact.py need no more than this.
+"""Settings of every stage: a frozen dataclass, filled from its defaults, Python files and flags, and checked.
 
     python prune.py configs/x.py --learning_rate=3e-4 --resume
 

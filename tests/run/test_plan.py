@@ -11,13 +11,13 @@ from collections import namedtuple
 import pytest
 from conftest import ROOT, TARGET, flags, pretrain_settings, prune_settings, run_script, tiny_config
 
-import plan
 import pretrain
 import prune
 from l0 import mask_sets
 from model import Transformer
-from plan import checkpoint_bytes, checkpoints, per_device
-from settings import UserError
+from run import plan
+from run.plan import Parts, checkpoint_bytes, checkpoints, per_device
+from run.settings import UserError
 
 # Two steps of a model of 25 M parameters; prints the peak of its resident memory over what it had before, and the plan's.
 MEASURE = """
@@ -25,9 +25,9 @@ import dataclasses, sys
 import torch
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, init_weights
-from plan import per_device
 from pretrain import PretrainSettings
-from runtime import clip_and_step, make_optimizer
+from run.plan import Parts, per_device
+from run.processes import clip_and_step, make_optimizer
 
 masked, accum, T = (int(x) for x in sys.argv[2:])
 checkpointing = sys.argv[1]
@@ -55,7 +55,7 @@ for step in range(2):
         masks.lagrangian(step, warmup=1).backward()
     clip_and_step(optimizer, 1.0, 1.0)
 measured = status("VmHWM") - before
-print(measured, per_device(shape, sets, cfg, 1, checkpointing=checkpointing)["peak"])
+print(measured, per_device(shape, sets, cfg, Parts(Transformer, L0), 1, checkpointing=checkpointing)["peak"])
 """
 
 
@@ -92,7 +92,7 @@ def test_the_plan_of_the_7b_run_needs_its_config_alone(tmp_path):
 def test_sharding_divides_what_is_sharded(data_dir, source):
     cfg = pretrain_settings(data_dir, "out", source, parallel="fsdp", seq_len=16)
     shape = tiny_config(hidden_size=256, intermediate_size=1024)
-    one, two, four = (per_device(shape, {}, cfg, n, checkpointing="none") for n in (1, 2, 4))
+    one, two, four = (per_device(shape, {}, cfg, Parts(Transformer), n, checkpointing="none") for n in (1, 2, 4))
     for name in ("weights", "gradients", "optimizer"):
         assert one[name] == pytest.approx(2 * two[name], rel=1e-3) == pytest.approx(4 * four[name], rel=1e-3)
     assert one["gathered"] == 0 < two["gathered"] == four["gathered"] and two["activations"] == four["activations"]

@@ -1,4 +1,4 @@
-"""What a run will take: data, disk, memory, operations, hours.  Apart from runtime.py, which knows no model.
+"""What a run will take: data, disk, memory, operations, hours.  The stages hand in the model and the masks they train.
 
     python prune.py configs/7b_to_1.3b.py --plan=8          # of a run on 8 GPUs; needs no GPU, and of the source its config
 
@@ -11,21 +11,21 @@ import math
 import shutil
 import typing
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from data import RunData, budget_table, verify_tokens
-from l0 import L0
-from model import ModelConfig, Transformer
-from runtime import PEAK_FLOPS, Processes, RunState, clip_and_step, make_optimizer
-from settings import TrainSettings, UserError, check, user_errors
-from weights import all_checkpoints, let_go, step_of
+from run.metrics import PEAK_FLOPS
+from run.processes import Processes, RunState, clip_and_step, make_optimizer
+from run.settings import TrainSettings, UserError, check, user_errors
+from run.weights import all_checkpoints, let_go, step_of
 
 MFU = (0.3, 0.4, 0.5)  # shares of a device's peak that the hours are told for
 CHECKPOINTING = typing.get_args(TrainSettings.__annotations__["checkpointing"])
@@ -59,6 +59,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a stage trains."""
+
+    model: Callable[..., nn.Module]  # model.Transformer
+    masks: Callable[..., nn.Module] | None = None  # l0.L0, of a stage that has masks
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of one training step where nothing is sharded."""
 
@@ -68,9 +76,9 @@ class Memory:
     peak: int  # of all, at any moment of a step
 
 
-def step_memory(shape: ModelConfig, sets: dict, cfg: TrainSettings, *, half: bool, checkpointing: str,
+def step_memory(shape, sets: dict, cfg: TrainSettings, parts: Parts, *, half: bool, checkpointing: str,
                 gradients_stay: bool, dtype: torch.dtype = torch.float32) -> Memory:
-    """Run two training steps on fake tensors and count.  sets: l0.mask_sets, or {} for a dense model.
+    """Run two training steps on fake tensors and count.  shape: model.ModelConfig.  sets: l0.mask_sets, or {}.
 
     half: bf16 autocast.  gradients_stay: they are there before the forward pass, as in accumulation and in DDP's buckets.
     dtype: of the weights.
@@ -79,39 +87,39 @@ def step_memory(shape: ModelConfig, sets: dict, cfg: TrainSettings, *, half: boo
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         torch.set_default_dtype(dtype)
         try:
-            model = Transformer(shape, checkpointing=checkpointing)
+            model = parts.model(shape, checkpointing=checkpointing)
         finally:
             torch.set_default_dtype(torch.float32)
-        weights, masks = live.now, L0(sets)
-        optimizer = make_optimizer([dict(params=list(model.parameters()), lr=1.0),
-                                    *masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0)])
+        weights, masks = live.now, parts.masks(sets) if sets else None
+        optimizer = make_optimizer([dict(params=list(model.parameters()), lr=1.0)]
+                                   + (masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0) if masks else []))
         tokens = torch.zeros(cfg.micro_batch_size, cfg.seq_len, dtype=torch.int64)
         for _ in range(2):  # the first one makes the optimizer's state
             live.peak = static = live.now
             for micro_step in range(2 if gradients_stay else 1):
                 before = live.now
                 with autocast:
-                    loss = model(tokens, tokens, masks.sample(0, 0, micro_step))
+                    loss = model(tokens, tokens, masks.sample(0, 0, micro_step) if masks else None)
                 activations = live.now - before
                 loss.backward()
-            if sets:
+            if masks:
                 masks.lagrangian(1, warmup=1).backward()
             del loss
             clip_and_step(optimizer, 1.0, 1.0)
         return Memory(weights, static - weights, activations, live.peak)
 
 
-def per_device(shape: ModelConfig, sets: dict, cfg: TrainSettings, devices: int, *, checkpointing: str) -> dict[str, float]:
+def per_device(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int, *, checkpointing: str) -> dict[str, float]:
     """Bytes on each device: weights, gradients, optimizer, gathered (by FSDP, of the others), activations, and the peak."""
     half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and cfg.device in ("auto", "cuda"))
     if cfg.parallel == "ddp" or devices == 1:
         stay = devices > 1 or cfg.global_batch_size > cfg.micro_batch_size
-        m = step_memory(shape, sets, cfg, half=half, checkpointing=checkpointing, gradients_stay=stay)
+        m = step_memory(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=stay)
         return {"weights": m.weights, "gradients": m.weights, "optimizer": m.optimizer, "gathered": 0,
                 "activations": m.activations, "peak": m.peak}
     # FSDP: weights come whole in the dtype of autocast, two layers (one computing, one on its way) with embedding and head;
     # one gradient is whole in fp32.  What a step of one device needs beside weights, gradients and state is not shared.
-    m = step_memory(shape, sets, cfg, half=half, checkpointing=checkpointing, gradients_stay=True,
+    m = step_memory(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=True,
                     dtype=torch.bfloat16 if half else torch.float32)
     rest = shape.vocab_size * shape.hidden_size * (2 - shape.tie_embeddings)
     layer = (shape.n_params() - rest) / shape.n_layers
@@ -121,7 +129,7 @@ def per_device(shape: ModelConfig, sets: dict, cfg: TrainSettings, devices: int,
     return fixed | {"activations": m.activations, "peak": sum(fixed.values()) + m.peak - 2 * m.weights - m.optimizer}
 
 
-def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
+def report(cfg: TrainSettings, shape, sets: dict, parts: Parts) -> str:
     """What --plan prints: a run of these settings on cfg.plan devices.  Raises UserError if the batch does not divide."""
     devices, accum = cfg.plan, cfg.global_batch_size / (cfg.micro_batch_size * cfg.plan)
     check(accum == int(accum), f"global_batch_size = {cfg.global_batch_size} does not divide by micro_batch_size x plan = "
@@ -135,7 +143,7 @@ def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
              f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps",
              f"GB on each device    {''.join(f'{kind:>12}' for kind in CHECKPOINTING)}   (checkpointing, here "
              f"{cfg.checkpointing}; {cfg.parallel}; without the device's context and what its allocator loses)"]
-    found = [per_device(shape, sets, cfg, devices, checkpointing=kind) for kind in CHECKPOINTING]
+    found = [per_device(shape, sets, cfg, parts, devices, checkpointing=kind) for kind in CHECKPOINTING]
     lines += [f"  {name:<19}" + "".join(f"{bytes_of[name] / GB:>12.2f}" for bytes_of in found) for name in found[0]]
     lines += [f"operations           {flops:.3g} ({flops_per_token:.3g} a token, recomputing left out)",
               f"hours at an MFU of   {''.join(f'{mfu:>10.0%}' for mfu in MFU)}"]
@@ -146,7 +154,7 @@ def report(cfg: TrainSettings, shape: ModelConfig, sets: dict) -> str:
     return "\n".join(lines)
 
 
-def checkpoint_bytes(shape: ModelConfig, sets: dict) -> int:
+def checkpoint_bytes(shape, sets: dict) -> int:
     """Of one checkpoint: weights and both of AdamW's moments in fp32, of the masks too; what is small left out."""
     return 12 * (shape.n_params() + sum(math.prod(s) for s, _ in sets.values()))
 
@@ -168,11 +176,10 @@ def amount(n: float) -> str:
     return f"{n / GB:,.1f} GB" if n >= GB else f"{n / 1e6:.1f} MB"
 
 
-def preflight(cfg: TrainSettings, processes: Processes, shape: ModelConfig, sets: dict, data: RunData,
-              state: RunState) -> None:
+def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data, state: RunState) -> None:
     """Before the first step: say what the run comes to.  For rank 0.  Raises UserError if it could not end."""
     sequences = (cfg.max_steps - state.step) * cfg.global_batch_size
-    processes.say(budget_table(data.train, state.domain_weights, state.cursors, sequences))
+    processes.say(data.budget_table(state.domain_weights, state.cursors, sequences))
     for s in data.train:
         epochs = (state.cursors[s.domain] + state.domain_weights[s.domain] * sequences) / s.n_windows
         if epochs > 1:
@@ -185,7 +192,7 @@ def preflight(cfg: TrainSettings, processes: Processes, shape: ModelConfig, sets
     if cfg.verify_data:
         processes.say("comparing the token files with their checksums")
         with user_errors():
-            verify_tokens(data)
+            data.verify()
     there = [step_of(path) for path in all_checkpoints(cfg.out_dir)]
     n, size = checkpoints(cfg, state.step, there) - len(there), checkpoint_bytes(shape, sets)  # more than now, at most
     try:

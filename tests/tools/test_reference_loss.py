@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from reference_loss import ReferenceSettings, fit_power_law, main
-from settings import UserError
+from run.settings import UserError
+from tools.reference_loss import ReferenceSettings, fit_power_law, main
 
 N = [6738415616, 13015864320, 68976648192]
 LLAMA2 = {  # losses of Llama-2 7B, 13B and 70B  # spec 5

@@ -7,6 +7,7 @@ manifest.json.  Tensors are read and written one at a time, and nothing is pickl
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import sha256
-from settings import UserError, check
+from run.settings import UserError, check
 
 WRITE_BYTES = 1 << 18  # at once: a write of a whole tensor takes up to twice the time (measured on ext4, Linux 6.18)
 DTYPE_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -46,6 +46,17 @@ def read_model_config(folder: str | Path, config_class: type, name: str = "model
         return config_class.from_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes as the disk has them, not the page cache, where the system can be asked for that."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def tensor_names(path: Path) -> list[str]:

@@ -12,9 +12,9 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as tok
-from settings import UserError
-from tokenizer import PROBE, load_tokenizer
+from run import tokenizer as tok
+from run.settings import UserError
+from run.tokenizer import PROBE, load_tokenizer
 
 SPECIAL_NAMES = "<s> </s> <unk> <|endoftext|> <|begin_of_text|> <|end_of_text|> [INST]"
 

@@ -1,19 +1,19 @@
 """Settings: where a value comes from, what is refused and in which words, and that they are all explained."""
 
 import dataclasses
-import importlib
 import json
 import re
 
 import pytest
 import torch
-from conftest import pretrain_settings, prune_settings
+from conftest import module_of, pretrain_settings, prune_settings
 
 import pretrain
 from pretrain import PretrainSettings
 from prune import PruneSettings
-from runtime import Metrics, Processes, RunState
-from settings import UserError, parse_args, setting_docs
+from run.metrics import Metrics
+from run.processes import Processes, RunState
+from run.settings import UserError, parse_args, setting_docs
 
 NEEDED = ["--data_dir=data", "--out_dir=out", "--init_from=source"]
 STAGES = {"prepare": "PrepareSettings", "convert": "ConvertSettings", "prune": "PruneSettings", "compact": "CompactSettings",
@@ -168,7 +168,7 @@ def test_values_that_do_not_fit_together_are_refused(flags, said):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_explains_every_setting(stage, capsys):
-    module = importlib.import_module(stage)
+    module = module_of(stage)
     cls = getattr(module, STAGES[stage], None) or next(
         c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == stage)
     docs = setting_docs(cls)

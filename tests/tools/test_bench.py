@@ -7,9 +7,9 @@ import torch
 from conftest import prune_settings, random_model, random_tokens, run_script, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import prune
-from settings import UserError, parse_args
+from run.settings import UserError, parse_args
+from tools import bench
 
 SMALL = dict(hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=4, intermediate_size=48, vocab_size=64, seq_len=16,
              micro_batch_size=2, threads=1, rounds=2, device="cpu")
@@ -31,7 +31,8 @@ def test_prints_a_row_a_ratio_and_the_phases_of_each_variant(capsys):
 
 
 def test_two_processes_report_their_tokens_together():
-    result = run_script("bench.py", "--memory=False", *(f"--{name}={value}" for name, value in SMALL.items()), processes=2)
+    result = run_script("-m", "tools.bench", "--memory=False",
+                        *(f"--{name}={value}" for name, value in SMALL.items()), processes=2)
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout and result.stdout.count("masked / dense") == 1  # rank 0 alone reports
 

@@ -1,7 +1,7 @@
 """How cost grows: measured exponents beside the FLOP count's, and what larger machines should give, on paper.
 
-    python plot.py --what=growth --out=docs/growth.svg
-    python plot.py --what=paper
+    python -m tools.scaling --what=growth --out=docs/growth.svg
+    python -m tools.scaling --what=paper
 
 growth: steps of pretrain.py (bench.py's) over hidden sizes and sequence lengths, in CPU seconds of one thread, and
 t = c x^a fitted to the larger half of each.  paper: tokens a second and GPU for Llama-2-7B -> 1.3B, from operations,
@@ -16,14 +16,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from bench import BenchSettings, measure
 from model import ModelConfig
-from runtime import PEAK_FLOPS, start_processes
-from settings import check, run_stage
+from run.metrics import PEAK_FLOPS
+from run.processes import start_processes
+from run.settings import check, run_stage
+from tools.bench import BenchSettings, measure
 
 
 @dataclass(frozen=True)
-class PlotSettings:
+class ScalingSettings:
     what: Literal["growth", "paper"] = "paper"  # measure and plot, or only calculate
     out: str = "docs/growth.svg"  # the plot of growth
     rounds: int = 3  # steps at each point; the median counts
@@ -50,7 +51,7 @@ def exponent(x: list[float], y: list[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def growth(cfg: PlotSettings) -> None:
+def growth(cfg: ScalingSettings) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -85,7 +86,7 @@ def growth(cfg: PlotSettings) -> None:
 
 @dataclass(frozen=True)
 class Machine:
-    gpu: str  # a key of runtime.PEAK_FLOPS
+    gpu: str  # a key of PEAK_FLOPS
     memory: float  # bytes a second of one GPU's memory, data sheet
     inside: float  # bytes a second and direction between the GPUs of a node (NVLink), a GPU, data sheet
     between: float  # bytes a second and direction between nodes, a GPU: one InfiniBand port each (HDR 200, NDR 400)
@@ -143,10 +144,10 @@ def paper() -> None:
                          f"{its:.1%}" if its else ""))
 
 
-def main(cfg: PlotSettings) -> None:
+def main(cfg: ScalingSettings) -> None:
     check(cfg.rounds > 0, f"rounds = {cfg.rounds} must be above 0")
     growth(cfg) if cfg.what == "growth" else paper()
 
 
 if __name__ == "__main__":
-    run_stage(main, PlotSettings)
+    run_stage(main, ScalingSettings)

@@ -1,15 +1,15 @@
 """Time whole training steps, alone or in turns with the same step of transformers and with the bare matrix products.
 
-    python bench.py --against=hf,gemm
-    python bench.py --against=hf,gemm --seq_len=2048 --micro_batch_size=1 --checkpointing=full
-    python bench.py --device=cuda --compile --hidden_size=2048 --n_layers=24 --n_heads=16 --intermediate_size=5504 \
+    python -m tools.bench --against=hf,gemm
+    python -m tools.bench --against=hf,gemm --seq_len=2048 --micro_batch_size=1 --checkpointing=full
+    python -m tools.bench --device=cuda --compile --hidden_size=2048 --n_layers=24 --n_heads=16 --intermediate_size=5504 \
         --seq_len=4096 --micro_batch_size=16
-    torchrun --nproc_per_node=2 bench.py
+    torchrun --nproc_per_node=2 -m tools.bench
 
-A step is a stage's own: the same model, masks, sampler, optimizer and clipping, called in the order of train() in
-prune.py (masked) and pretrain.py (dense).  All variants run once a round, in turns, so that a slow minute of the machine
-hits them alike; reported are medians over rounds, and the median of each round's ratios with their range.  Peak memory is
-what a process of its own needs beyond its imports (on CUDA: what the allocator gave out).
+A step is a stage's own: `train_step` of prune.py (masked) or of pretrain.py (dense), which tells when each phase ends.  All
+variants run once a round, in turns, so that a slow minute of the machine hits them alike; reported are medians over rounds,
+and the median of each round's ratios with their range.  Peak memory is what a process of
+its own needs beyond its imports (on CUDA: what the allocator gave out).
 """
 
 import dataclasses
@@ -31,12 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import pretrain
+import prune
 from data import Sampler, open_domains
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, init_weights
-from runtime import (Processes, average_gradients, clip_and_step, lr_factor, make_optimizer, peak_flops, start_processes,
-                     wrap)
-from settings import TrainSettings, check, require, run_stage
+from run.metrics import peak_flops
+from run.processes import Processes, clip_and_step, lr_factor, make_optimizer, start_processes, wrap
+from run.settings import TrainSettings, check, require, run_stage
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,12 @@ class BenchSettings:
                            n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.hidden_size // self.n_heads,
                            intermediate_size=self.intermediate_size, context_length=max(4096, self.seq_len))
 
-    def train_settings(self) -> TrainSettings:
+    def train_settings(self, masked: bool = False) -> TrainSettings:
         world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; every process has a micro-batch
         shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(TrainSettings)}
-        return TrainSettings(data_dir="", out_dir="", global_batch_size=self.micro_batch_size * world,
-                             **{name: getattr(self, name) for name in shared})
+        values = dict(data_dir="-", out_dir="-", init_from="-", global_batch_size=self.micro_batch_size * world,
+                      **{name: getattr(self, name) for name in shared})
+        return prune.PruneSettings(**values) if masked else pretrain.PretrainSettings(**values, update="constant")
 
 
 class Stopwatch:
@@ -122,40 +125,24 @@ SHARES, FROM_THE_START = {"a": 0.5, "b": 0.5}, {"a": 0, "b": 0}  # domain weight
 Step = Callable[[int], None]  # one training step; its argument is the number of the step
 
 
-def our_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: Stopwatch, *, masked: bool) -> Step:
-    """A step of prune.py, towards half of each dimension, or of pretrain.py."""
-    settings, device, shape = cfg.train_settings(), processes.device, cfg.shape
-    model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(device)
+def stage_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: Stopwatch, *, masked: bool) -> Step:
+    """train_step of prune.py, towards half of each dimension, or of pretrain.py, on fresh weights."""
+    shape, settings = cfg.shape, cfg.train_settings(masked)
+    model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(processes.device)
     init_weights(model, seed=0)
-    halves = {name: max(1, getattr(shape, name) // 2)
-              for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")}
-    masks = L0(mask_sets(shape, dataclasses.replace(shape, **halves) if masked else shape)).to(device)
-    log_alphas = list(masks.log_alpha.values())
-    optimizer = make_optimizer([dict(params=list(model.parameters()), lr=settings.learning_rate),
-                                *masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0)])
+    groups, masks = [dict(params=list(model.parameters()), lr=settings.learning_rate)], []
+    if masked:
+        halves = {name: max(1, getattr(shape, name) // 2)
+                  for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")}
+        masks = [L0(mask_sets(shape, dataclasses.replace(shape, **halves))).to(processes.device)]
+        groups += masks[0].parameter_groups(mask_lr=1.0, multiplier_lr=1.0)
+    optimizer = make_optimizer(groups)
     optimizer.register_step_pre_hook(lambda *_: watch.mark("clip"))
-    wrapped = wrap(model, settings, processes)
-    rows = slice(processes.rank * cfg.micro_batch_size, (processes.rank + 1) * cfg.micro_batch_size)
+    wrapped, train_step = wrap(model, settings, processes), prune.train_step if masked else pretrain.train_step
 
     def step(i: int) -> None:
         batch = sampler.draw(i, SHARES, FROM_THE_START)
-        tokens, targets = sampler.load(batch, rows, device)
-        watch.mark("data")
-        z = masks.sample(settings.seed, i, processes.rank)
-        watch.mark("masks")
-        with processes.autocast():
-            loss = wrapped(tokens, targets, z)
-        watch.mark("forward")
-        loss.backward()
-        watch.mark("backward")
-        average_gradients(log_alphas, processes)
-        if log_alphas:
-            masks.lagrangian(i, warmup=640).backward()
-            watch.mark("masks")
-        clip_and_step(optimizer, lr_factor(i, settings), settings.grad_clip)
-        watch.mark("optimizer")
-        masks.clamp_()
-        watch.mark("masks")
+        train_step(settings, processes, wrapped, *masks, optimizer, sampler, batch, i, watch.mark)
 
     return step
 
@@ -245,7 +232,7 @@ def build(cfg: BenchSettings, processes: Processes, variant: str, folder: str, w
                       global_batch_size=cfg.micro_batch_size * processes.world, seed=0)
     if variant == "hf":
         return hf_step(cfg, processes, sampler, watch)
-    return our_step(cfg, processes, sampler, watch, masked=variant == "masked")
+    return stage_step(cfg, processes, sampler, watch, masked=variant == "masked")
 
 
 def resident_peak() -> int:

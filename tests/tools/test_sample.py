@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import write_model
 
-import sample
 from model import ModelConfig, Transformer
-from settings import UserError
+from run.settings import UserError
+from tools import sample
 
 CFG = ModelConfig(vocab_size=64, hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, intermediate_size=48,
                   context_length=16)
@@ -93,5 +93,5 @@ def test_refused(folder):
         sample.main(sample.SampleSettings(model_dir=str(folder)))
     for flags, message in ((["--model_dir=nowhere"], "model folder nowhere does not exist"),
                            (["--model_dir=x", "--temperature=-1"], "temperature = -1.0 must not be negative")):
-        done = subprocess.run([sys.executable, sample.__file__, *flags], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "tools.sample", *flags], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (2, f"sample.py: {message}\n")

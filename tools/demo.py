@@ -1,6 +1,6 @@
-"""The whole pipeline on this computer in a few minutes, on real text: `make demo`, or `python demo.py`.
+"""The whole pipeline on this computer in a few minutes, on real text: `make demo`, or `python -m tools.demo`.
 
-    python demo.py gather     # the text only, into out/demo/raw
+    python -m tools.demo gather     # the text only, into out/demo/raw
 
 Five domains from installed packages; a tokenizer and a small grouped-query source model trained on them; pruned to a
 target that shrinks all four dimensions; compacted, continued, exported, loaded in transformers; and, for comparison, the
@@ -142,7 +142,7 @@ def main() -> None:
     run("pretrain.py", "configs/demo_scratch.py")
     run("convert.py", f"--to_hf={OUT}/continue/step_0000300", f"--out_dir={OUT}/export", "--verify")
     load_in_transformers(OUT / "export")
-    run("sample.py", f"--model_dir={OUT}/continue/step_0000300", "--prompt=Enter ROMEO",
+    run("-m", "tools.sample", f"--model_dir={OUT}/continue/step_0000300", "--prompt=Enter ROMEO",
         "--max_new_tokens=80", "--n_samples=1")
     last = json.loads((OUT / "prune" / "metrics.jsonl").read_text().splitlines()[-2])
     gaps = {k.split("/")[1]: abs(v - last["target_" + k]) for k, v in last.items() if k.startswith("sparsity/")}

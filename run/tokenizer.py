@@ -1,4 +1,4 @@
-"""A file of its own since prepare.py encodes and sample.py decodes: one place that knows tokenizer formats.
+"""A file of its own since prepare.py encodes and tools/sample.py decodes: one place that knows tokenizer formats.
 
 A SentencePiece `.model`; a tiktoken encoding by its name; a `tokenizer.model` in Llama 3's format; Mistral's `tekken.json`;
 `tokenizer.json` of Hugging Face's `tokenizers`; or a folder that holds one.  Files are told apart by their content.
@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 import tiktoken
 
-from settings import UserError, check, read_json
+from run.settings import UserError, check, read_json
 
 # what a tokenizer without any configuration beside it calls its first and its last token
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
