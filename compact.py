@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from run.checkpoint import read_state
-from run.settings import check, run_stage, user_errors
+from run.settings import FilePath, check, run_stage, user_errors
 from run.weights import (check_finite, latest_checkpoint, load_weights, new_folder, one_thread, read_model_config,
                          tensor_names, tensor_reader, verified, write_assets, write_tensors)
 
@@ -32,8 +32,8 @@ TOLERANCE = 1e-4  # of the logits' largest magnitude: what fp32 rounding may do 
 
 @dataclass(frozen=True)
 class CompactSettings:
-    checkpoint: str  # a step_* folder of prune.py, or its out_dir for the newest
-    out_dir: str  # the model folder to write
+    checkpoint: FilePath  # a step_* folder of prune.py, or its out_dir for the newest
+    out_dir: FilePath  # the model folder to write
 
 
 def kept(z: Tensor | None, size: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer, parameter_shapes
-from run.settings import UserError, check, read_json, require, run_stage
+from run.settings import FilePath, UserError, check, read_json, require, run_stage
 from run.tokenizer import load_tokenizer
 from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
                          read_tensor, verified, write_tensors)
@@ -56,10 +56,10 @@ Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    out_dir: str  # folder to write; must not exist
-    from_hf: str = ""  # Hugging Face folder to read: Llama, Mistral or Qwen2, in safetensors
-    from_gguf: str = ""  # GGUF file to read, of architecture "llama"; its weights become float32
-    to_hf: str = ""  # model folder of ours, or a step_* folder, to write as a Hugging Face folder
+    out_dir: FilePath  # folder to write; must not exist
+    from_hf: FilePath = ""  # Hugging Face folder to read: Llama, Mistral or Qwen2, in safetensors
+    from_gguf: FilePath = ""  # GGUF file to read, of architecture "llama"; its weights become float32
+    to_hf: FilePath = ""  # model folder of ours, or a step_* folder, to write as a Hugging Face folder
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights written; source: unchanged
     shard_gb: float = 5.0  # with to_hf: a file of weights holds at most so many GB
     verify: bool = False  # compare logits with transformers'; on a mismatch write nothing and exit with status 1

@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from run.settings import UserError, check, read_json, require, run_stage
+from run.settings import FilePath, UserError, check, read_json, require, run_stage
 from run.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("eval", "prune", "train")
@@ -47,9 +47,9 @@ SAVE_SECONDS = 10.0  # between two records of progress
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    input_dir: str  # raw text, one folder a domain
-    out_dir: str  # where the tokens go
-    tokenizer: str = ""  # .model, tokenizer.json, tekken.json, a folder with one, or a tiktoken name
+    input_dir: FilePath  # raw text, one folder a domain
+    out_dir: FilePath  # where the tokens go
+    tokenizer: FilePath = ""  # .model, tokenizer.json, tekken.json, a folder with one, or a tiktoken name
     train_tokenizer: int = 0  # instead: train a SentencePiece BPE model of so many pieces on the corpus
     train_mb: float = 10.0  # MB of text that it is trained on, of each domain
     text_field: str = "text"  # field of a .jsonl line, column of a .parquet file

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+FilePath = typing.Annotated[str, "path"]  # a setting of this type names a file or folder: its ~ is expanded
+
+
 class UserError(Exception):
     """Something the user can mend.  The message: what, its value, what was expected, what to do.  One line."""
 
@@ -116,6 +119,13 @@ def parse_flag(text: str, annotation):
         return conform(text, annotation)
 
 
+def expanded(name: str, path: str) -> str:
+    """A path with the home folder for its ~: bash expands none behind "=".  Raises UserError."""
+    found = os.path.expanduser(path)
+    check(not found.startswith("~"), f"{name} = {path}: there is no user of that name; write ./{path} if it is a folder's")
+    return found
+
+
 def written(name: str, annotation) -> str:
     """How a setting that is a dict or a tuple is written as a flag; "" for any other."""
     kind = describe(annotation)
@@ -141,6 +151,7 @@ def parse_args(cls: type, argv: list[str]):
     Returns an instance.  Raises UserError: unknown name (with the nearest known one), wrong type, bad value.
     """
     hints, docs = typing.get_type_hints(cls), setting_docs(cls)
+    paths = {n for n, t in typing.get_type_hints(cls, include_extras=True).items() if FilePath in (t, *typing.get_args(t))}
     names = [f.name for f in dataclasses.fields(cls)]
     if {"--help", "-h"} & set(argv):
         print(inspect.getmodule(cls).__doc__.strip() + "\n\nsettings: FILE.py ... --name=value ...")
@@ -179,6 +190,7 @@ def parse_args(cls: type, argv: list[str]):
             raise UserError(f"{name} = {text!r} is not {describe(hints[name])}{written(name, hints[name])}") from None
     if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]:
         raise UserError(f"no value for {', '.join(missing)}: {docs.get(missing[0], '')}; give --{missing[0]}=...")
+    values |= {n: expanded(n, v) for n, v in values.items() if n in paths and isinstance(v, str)}
     try:
         return cls(**values)
     except ValueError as error:
@@ -231,15 +243,15 @@ def run_stage(main: Callable, cls: type) -> None:
 class TrainSettings:
     """What prune.py and pretrain.py have in common; each adds its own and sets other defaults."""
 
-    data_dir: str  # folder that prepare.py wrote
-    out_dir: str  # folder of this run: config.json, metrics.jsonl, step_*/
+    data_dir: FilePath  # folder that prepare.py wrote
+    out_dir: FilePath  # folder of this run: config.json, metrics.jsonl, step_*/
     split: str = "train"  # which of prepare.py's splits to train on
     verify_data: bool = True  # hold the token files against their checksums before the first step: a second or two a GB
-    init_from: str = ""  # model folder to start from: convert.py's, compact.py's, or a step_* folder of pretrain.py
+    init_from: FilePath = ""  # model folder to start from: convert.py's, compact.py's, or a step_* folder of pretrain.py
     resume: bool = False  # go on from the newest checkpoint in out_dir (from the start if there is none)
 
-    domain_weights: dict[str, float] | str = ""  # first share of each domain in a batch, sum 1, or a JSON file; "": equal
-    reference_loss: dict[str, float] | str = ""  # loss to reach, nats a token, of each domain, or a JSON file of it
+    domain_weights: dict[str, float] | FilePath = ""  # first share of each domain, sum 1, or a JSON file; "": equal
+    reference_loss: dict[str, float] | FilePath = ""  # loss to reach, nats a token, of each domain, or a JSON file of it
     update: typing.Literal["doremi", "constant"] = "doremi"  # steer the shares by the losses, or keep them
     excess: typing.Literal["clipped", "signed"] = "clipped"  # loss above the reference: max(l - r, 0), or l - r
     min_weight: float = 0.0  # no domain's share falls below this

@@ -28,8 +28,8 @@ from run.tokenizer import LLAMA3_PATTERN  # noqa: E402
 
 # prepare.py; its last line: peak of resident memory of the parent and of the largest worker, KiB; CPU seconds of all
 MEASURED = """
-import resource, sys, prepare, settings
-settings.run_stage(prepare.main, prepare.PrepareSettings)
+import resource, sys, prepare
+prepare.run_stage(prepare.main, prepare.PrepareSettings)
 own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(peak, workers.ru_maxrss, own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime)

@@ -6,17 +6,20 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from conftest import NEEDED, refusal, run_script, tiny_config, write_model
+from conftest import NEEDED, ROOT, SETTINGS, module_of, refusal, run_script, tiny_config, write_model
 from safetensors.torch import load_file, save_file
 from test_prepare import MISTRAL, write_jsonl
 
 import convert
+import prune
 from model import Transformer
 from prepare import PrepareSettings, main as run_prepare
-from tools import reference_loss
+from run.settings import FilePath, UserError, parse_args
+from tools import reference_loss, sample
 
 LOSSES = {"n_params": [1e8, 1e9, 1e10], "wiki": [3.0, 2.5, 2.2]}
 
@@ -319,10 +322,51 @@ def test_a_read_only_folder_is_named(place, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", ["prepare", "from_hf", "to_hf", "sample", "reference_loss"])
 def test_the_cases_are_good_unspoiled(stage, place):
     stage, argv = arguments(stage, place, {})
-    done = run_script(f"{stage}.py", *argv)
+    done = run_script(*([f"{stage}.py"] if (ROOT / f"{stage}.py").exists() else ["-m", f"tools.{stage}"]), *argv)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_process_of_its_own_says_no_more(place):
     done = run_script("convert.py", *arguments("from_hf", place, dict(from_hf="nowhere"))[1])
     assert done.returncode == 2 and done.stderr.startswith("convert.py: ") and done.stderr.count("\n") == 1
+
+
+# ---- paths
+
+NO_PATHS = {"split", "text_field", "shard", "steps", "against", "prompt"}  # settings that are text, but name no file
+REQUIRED = {"prune": [*NEEDED, "--out_dir=o"], "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
+            "convert": ["--out_dir=o"], "prepare": ["--input_dir=i", "--out_dir=o", "--tokenizer=t"],
+            "compact": ["--checkpoint=c", "--out_dir=o"], "sample": ["--model_dir=m"],
+            "reference_loss": ["--losses=l", "--n_params=9"]}
+
+
+def path_settings(cls: type) -> set[str]:
+    return {n for n, kind in get_type_hints(cls, include_extras=True).items() if FilePath in (kind, *get_args(kind))}
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_a_setting_that_is_text_names_a_file_or_is_listed(stage):
+    cls = getattr(module_of(stage), SETTINGS[stage])
+    text = {name for name, kind in get_type_hints(cls).items() if str in (kind, *get_args(kind))}
+    assert text - path_settings(cls) <= NO_PATHS
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cls = getattr(module_of(stage), SETTINGS[stage])
+    for name in path_settings(cls):
+        given = [*REQUIRED[stage], *(["--from_hf=h"] if stage == "convert" and name == "out_dir" else [])]
+        assert getattr(parse_args(cls, [*given, f"--{name}=~/a b"]), name) == f"{tmp_path}/a b"
+        assert getattr(parse_args(cls, [*given, f"--{name}=./~/a"]), name) == "./~/a"
+        with pytest.raises(UserError, match=f"{name} = ~nobody-here/a: there is no user of that name"):
+            parse_args(cls, [*given, f"--{name}=~nobody-here/a"])
+
+
+def test_a_tilde_in_a_config_file_and_in_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.py").write_text("out_dir = '~/b'\ndomain_weights = {'~a': 1.0}\n")
+    settings = parse_args(prune.PruneSettings, [str(tmp_path / "a.py"), *NEEDED])
+    assert (settings.out_dir, settings.domain_weights) == (f"{tmp_path}/b", {"~a": 1.0})
+    settings = parse_args(sample.SampleSettings, ["--model_dir=~", "--prompt=~/x"])
+    assert (settings.model_dir, settings.prompt) == (str(tmp_path), "~/x")

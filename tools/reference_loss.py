@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from run.settings import UserError, check, read_json, require, run_stage
+from run.settings import FilePath, UserError, check, read_json, require, run_stage
 
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    losses: str  # JSON file of losses by size and domain; see above
+    losses: FilePath  # JSON file of losses by size and domain; see above
     n_params: int  # N of the target
-    out: str = ""  # JSON file to write, domain to loss; "": print only
+    out: FilePath = ""  # JSON file to write, domain to loss; "": print only
 
     def __post_init__(self):
         require(self.n_params > 0, f"n_params = {self.n_params} must be above 0")

@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer
-from run.settings import check, require, run_stage
+from run.settings import FilePath, check, require, run_stage
 from run.tokenizer import load_tokenizer
 from run.weights import load_weights, read_model_config
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    model_dir: str  # model folder, or a step_* folder; its tokenizer is in assets/
+    model_dir: FilePath  # model folder, or a step_* folder; its tokenizer is in assets/
     prompt: str = ""  # text to go on from; a BOS token goes before it if the tokenizer has one
     max_new_tokens: int = 200  # a sample ends here, or with EOS
     temperature: float = 0.8  # below 1 the likely tokens become likelier; 0: always the likeliest

@@ -19,14 +19,14 @@ import torch
 from model import ModelConfig
 from run.metrics import PEAK_FLOPS
 from run.processes import start_processes
-from run.settings import check, run_stage
+from run.settings import FilePath, check, run_stage
 from tools.bench import BenchSettings, measure
 
 
 @dataclass(frozen=True)
 class ScalingSettings:
     what: Literal["growth", "paper"] = "paper"  # measure and plot, or only calculate
-    out: str = "docs/growth.svg"  # the plot of growth
+    out: FilePath = "docs/growth.svg"  # the plot of growth
     rounds: int = 3  # steps at each point; the median counts
 
 
