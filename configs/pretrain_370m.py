@@ -13,11 +13,11 @@ excess = "signed"  # as released; "clipped", the default, is the paper's
 
 seq_len = 4096
 global_batch_size = 256
-micro_batch_size = 16
+micro_batch_size = 16  # 53 GB a GPU by --plan=16
 max_steps = 48000
 learning_rate = 1e-4
 warmup_steps = 1440
 eval_interval = 400
 eval_sequences = 500
 save_interval = 3200
-checkpointing = "full"  # or the activations of a micro-batch do not fit
+checkpointing = "selective"

@@ -270,6 +270,8 @@ class TrainSettings:
 
     eval_interval: int = 50  # steps between evaluations; one comes before the first step
     eval_sequences: int = 500  # held-out sequences a domain, the same ones each time
+    eval_between: int = 0  # so many of them at evaluations between the first and the last, in turn; 0: all
+    eval_batch_size: int = 0  # sequences a forward pass of one rank in an evaluation; 0: micro_batch_size
     save_interval: int = 3200  # steps between checkpoints; the last step is always saved
     keep_last: int = 0  # delete all but so many of the newest checkpoints; 0: keep all
     keep_every: int = 0  # but never those of steps that divide by this; 0: no such step
@@ -292,7 +294,8 @@ class TrainSettings:
                     "save_interval", "log_interval", "learning_rate", "grad_clip", "max_skipped", "timeout_minutes")
         for name in positive:
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "seed", "min_weight", "keep_last", "keep_every", "plan"):
+        for name in ("warmup_steps", "weight_decay", "seed", "min_weight", "keep_last", "keep_every", "plan", "eval_between",
+                     "eval_batch_size"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
         for name in ("learning_rate", "grad_clip", "weight_decay", "timeout_minutes"):
             require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)} must be finite")
@@ -307,6 +310,15 @@ class TrainSettings:
             check_min_weight(self.min_weight, len(self.domain_weights))
             if isinstance(self.reference_loss, dict):
                 check_same_domains("reference_loss", self.reference_loss, self.domain_weights)
+
+    @property
+    def rows_of_evaluation(self) -> int:
+        return self.eval_batch_size or self.micro_batch_size
+
+    @property
+    def sequences_between(self) -> int:
+        """Sequences a domain of an evaluation that is neither the first nor the last."""
+        return min(self.eval_between or self.eval_sequences, self.eval_sequences)
 
 
 def require(condition: bool, message: str) -> None:

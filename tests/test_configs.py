@@ -7,8 +7,10 @@ import pytest
 
 import pretrain
 import prune
-from l0 import mask_sets
-from model import ModelConfig
+from l0 import L0, mask_sets
+from model import ModelConfig, Transformer
+from run.cost import FITS, MACHINES, Parts, evaluations, per_device, run_seconds
+from run.plan import checkpoint_bytes
 from run.settings import parse_args
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
@@ -25,21 +27,51 @@ def parse(path: Path):
     return parse_args(STAGES[stage], [str(path)])
 
 
+def world(path: Path) -> int:
+    """The processes that a config's first line starts."""
+    first = path.read_text().splitlines()[0]
+    return int(re.search(r"nproc_per_node=(\d+)|$", first)[1] or 1) * int(re.search(r"nnodes=(\d+)|$", first)[1] or 1)
+
+
+def source_of(path: Path) -> ModelConfig:
+    """What a config's run starts from: a source as released, or the target of the config that prunes to it."""
+    if "7b_to" in path.stem or "smollm2" in path.stem:
+        return LLAMA2_7B if "7b_to" in path.stem else SMOLLM2
+    if path.stem.startswith("pretrain_"):
+        return prune.target_config(parse(path.with_name(path.name.replace("pretrain_", "7b_to_"))), LLAMA2_7B)
+    return ModelConfig(**parse(path.with_name("demo_source.py")).shape)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config_is_valid(path):
     first = path.read_text().splitlines()[0]
     assert re.fullmatch(rf"# (torchrun [\w\- =]+|python) (prune|pretrain)\.py {path.as_posix()}", first)
     cfg = parse(path)
-    processes = int(re.search(r"nproc_per_node=(\d+)|$", first)[1] or 1) * int(re.search(r"nnodes=(\d+)|$", first)[1] or 1)
-    assert cfg.global_batch_size % (cfg.micro_batch_size * processes) == 0
+    assert cfg.global_batch_size % (cfg.micro_batch_size * world(path)) == 0
     tokens = int(re.search(r"= ([\d.,]+) ?M? tokens a step", path.read_text())[1].replace(",", "").split(".")[0])
     assert tokens in (cfg.seq_len * cfg.global_batch_size, cfg.seq_len * cfg.global_batch_size // 10**6)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_fits_its_gpus(path):
+    """Planned at its own number of devices; what it says of its memory is what the plan says."""
+    cfg, source = parse(path), source_of(path)
+    sets = mask_sets(source, prune.target_config(cfg, source)) if isinstance(cfg, prune.PruneSettings) else {}
+    bytes_of, cost = per_device(source, sets, cfg, Parts(Transformer, L0), world(path), checkpointing=cfg.checkpointing)
+    assert bytes_of["peak"] < FITS * MACHINES["A100"].memory and FITS == 0.85
+    if said := re.search(r"(\d+) GB a GPU by --plan=(\d+)", path.read_text()):
+        assert (float(said[1]), int(said[2])) == (pytest.approx(bytes_of["peak"] / 1e9, abs=1), world(path))
+    if "7b_to" in path.stem:  # evaluations are held to a tenth of the run, checkpoints left out
+        assert evaluations(cfg) == (65, 2 * 500 + 63 * 50)
+        for gpu in MACHINES:
+            t = run_seconds(source, cfg, cost, world(path), gpu, domains=7, checkpoint_bytes=checkpoint_bytes(source, sets))
+            assert t["evaluations"] < 0.1 * (t["in all"] - t["checkpoints"]), (gpu, t)
 
 
 def test_sources_reach_their_targets():
     for path in CONFIGS:
         if "7b_to" in path.stem or "smollm2" in path.stem:
-            source = LLAMA2_7B if "7b_to" in path.stem else SMOLLM2
+            source = source_of(path)
             sets = mask_sets(source, prune.target_config(parse(path), source))
             heads = "head" if "7b_to" in path.stem else "kv_head"
             assert {"hidden", "intermediate", heads} <= sets.keys()
@@ -53,8 +85,8 @@ def test_published_recipe(name, shape, n_params):
     target = prune.target_config(cfg, LLAMA2_7B)
     assert (target.hidden_size, target.n_layers, target.n_heads, target.intermediate_size) == shape
     assert target.n_params() == pytest.approx(n_params, rel=0.01)
-    assert (cfg.max_steps, cfg.global_batch_size, cfg.seq_len, cfg.micro_batch_size) == (3200, 32, 4096, 4)
-    assert (more.max_steps, more.global_batch_size, more.seq_len, more.micro_batch_size) == (48000, 256, 4096, 16)
+    assert (cfg.max_steps, cfg.global_batch_size, cfg.seq_len) == (3200, 32, 4096)
+    assert (more.max_steps, more.global_batch_size, more.seq_len) == (48000, 256, 4096)
     assert (cfg.learning_rate, cfg.mask_learning_rate, cfg.multiplier_learning_rate) == (1e-4, 1, 1)
     assert more.learning_rate == 1e-4
     assert (cfg.warmup_steps, cfg.lagrangian_warmup_steps, more.warmup_steps) == (320, 640, 1440)
