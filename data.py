@@ -263,18 +263,23 @@ def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def evaluate(model, masks: dict[str, Tensor], splits: list[Split], cfg, processes) -> dict[str, float | None]:
+def evaluate(model, masks: dict[str, Tensor], splits: list[Split], cfg, processes, *,
+             turn: int | None = None) -> dict[str, float | None]:
     """Mean loss of each domain, nats a token, over up to cfg.eval_sequences fixed windows; None where there is none.
 
     model: Transformer.  masks: as its forward takes them.  cfg, processes: TrainSettings and Processes, of run/.
+    turn: with it only cfg.eval_between of those windows, the next ones at each turn and round again: what one turn's windows
+    have too much, the others' have too little, so that over the turns the steering sees what all windows would show.
     Micro-batches go to the ranks in turn, all of one shape, and each loss is added by one rank alone: the result does
     not depend on the number of ranks.  Raises ValueError if a loss is not finite.
     """
-    rank, world, device, micro_batch_size = processes.rank, processes.world, processes.device, cfg.micro_batch_size
+    rank, world, device = processes.rank, processes.world, processes.device
+    micro_batch_size, few = cfg.eval_batch_size or cfg.micro_batch_size, cfg.eval_between if turn is not None else 0
     chosen = []  # (domain index, window)
     for d, split in enumerate(splits):
         n = min(cfg.eval_sequences, split.n_windows)
-        chosen += [(d, int(w)) for w in (permute(np.arange(n), split.n_windows, f"eval/{split.domain}") if n else [])]
+        at = np.arange(n) if not 0 < few < n else (turn * few + np.arange(few)) % n
+        chosen += [(d, int(w)) for w in (permute(at, split.n_windows, f"eval/{split.domain}") if n else [])]
     losses = torch.zeros(len(chosen), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     n_batches = math.ceil(len(chosen) / (micro_batch_size * world)) * world  # every rank runs as many: FSDP gathers
     for batch in range(rank, n_batches, world):

@@ -135,8 +135,9 @@ def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: R
         last = step == cfg.max_steps
         metrics.stop_clock()
         if (step % cfg.eval_interval == 0 or last) and state.evaluated != step:
+            turn = None if step == 0 or last else step // cfg.eval_interval
             with user_errors():
-                losses = evaluate(model, {}, data.eval, cfg, processes)
+                losses = evaluate(model, {}, data.eval, cfg, processes, turn=turn)
             steer(state, losses, cfg)
             metrics.evaluation(losses)
         stop = metrics.stop

@@ -200,8 +200,9 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
         if (step % cfg.eval_interval == 0 or last) and state.evaluated != step:
             # before the first step the source as it is, so that one that loads wrong shows at once
             z = {} if step == 0 else masks.deterministic(target=cfg.eval_target_model or last)
+            turn = None if step == 0 or last else step // cfg.eval_interval
             with user_errors():
-                losses = evaluate(model, z, data.eval, cfg, processes)
+                losses = evaluate(model, z, data.eval, cfg, processes, turn=turn)
             steer(state, losses, cfg)
             metrics.evaluation(losses)
             if processes.rank == 0 and masks.sets:

@@ -205,12 +205,16 @@ def evaluate_on(world: int, model, masks, splits, cfg) -> list[dict]:
     return [evaluate(model, masks, splits, cfg, rank) for rank in ranks]
 
 
+def eval_settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**(dict(eval_sequences=7, micro_batch_size=3, eval_batch_size=0, eval_between=0) | changes))
+
+
 def eval_case(tmp_path, eval_sequences: int = 7, micro_batch_size: int = 3):
     for i, (domain, n) in enumerate({"a": 8 * 20 + 1, "none": 0, "b": 8 * 4 + 5, "short": 8}.items()):
         write_tokens(tmp_path, domain, "eval", text_like(n, i))
     splits = open_domains(tmp_path, ["a", "none", "b", "short"], "eval", 8)
     model = random_model(tiny_config(n_layers=2))
-    return model, splits, SimpleNamespace(eval_sequences=eval_sequences, micro_batch_size=micro_batch_size)
+    return model, splits, eval_settings(eval_sequences=eval_sequences, micro_batch_size=micro_batch_size)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -225,7 +229,7 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(tmp_path, world):
 @torch.no_grad()
 def test_evaluation_is_the_mean_over_the_windows(tmp_path):
     model, splits, _ = eval_case(tmp_path)
-    cfg = SimpleNamespace(eval_sequences=1000, micro_batch_size=3)  # all there are
+    cfg = eval_settings(eval_sequences=1000, micro_batch_size=3)  # all there are
     found = evaluate(model, {}, splits, cfg, Processes(0, 1, CPU, torch.float32))
     for split in (splits[0], splits[2]):
         windows = torch.from_numpy(np.stack([split.window(i) for i in range(split.n_windows)]).astype(np.int64))
@@ -235,10 +239,25 @@ def test_evaluation_is_the_mean_over_the_windows(tmp_path):
 
 def test_evaluation_uses_the_same_windows_at_any_micro_batch_size(tmp_path):
     model, splits, _ = eval_case(tmp_path)
-    found = [evaluate(model, {}, splits, SimpleNamespace(eval_sequences=7, micro_batch_size=m),
-                      Processes(0, 1, CPU, torch.float32)) for m in (1, 4, 100)]
+    settings = [eval_settings(micro_batch_size=1), eval_settings(micro_batch_size=4),
+                eval_settings(micro_batch_size=1, eval_batch_size=100)]
+    found = [evaluate(model, {}, splits, cfg, Processes(0, 1, CPU, torch.float32)) for cfg in settings]
     for other in found[1:]:
         assert all(other[d] == (None if v is None else pytest.approx(v, rel=1e-5)) for d, v in found[0].items())
+
+
+def test_evaluations_in_turn_see_all_windows(tmp_path):
+    """Three at a time: of domain a's 7 each was there three times after 7 turns, of domain b's 4 after 4."""
+    model, splits, _ = eval_case(tmp_path)
+    cfg, alone = eval_settings(eval_between=3), Processes(0, 1, CPU, torch.float32)
+    whole = evaluate(model, {}, splits, cfg, alone)
+    turns = [evaluate(model, {}, splits, cfg, alone, turn=turn) for turn in range(5, 5 + 7)]
+    assert len({t["a"] for t in turns}) == 7 and len({t["b"] for t in turns}) == 4 and turns[0]["none"] is None
+    assert sum(t["a"] for t in turns) / 7 == pytest.approx(whole["a"], rel=1e-6)
+    assert sum(t["b"] for t in turns[:4]) / 4 == pytest.approx(whole["b"], rel=1e-6)
+    many = eval_settings(eval_between=100)
+    assert evaluate(model, {}, splits, many, alone, turn=2) == whole
+    assert evaluate_on(3, model, {}, splits, eval_settings(eval_between=3))[1] == whole
 
 
 def test_evaluation_refuses_a_loss_that_is_not_finite(tmp_path):

@@ -161,6 +161,26 @@ def test_evaluation_takes_the_masks_own_counts_and_the_targets_at_the_end(data_d
         assert losses[0] != losses[1] and losses[at_target] == {d: line[f"eval_loss/{d}"] for d in DOMAINS}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluations_between_take_fewer_sequences(tmp_path, data_dir, source, stage):
+    """Those of the first and the last are all that there are, and a resumed run takes the same."""
+    main, make = STAGES[stage]
+    sizes, rows = [], []
+
+    def counting(model, masks, splits, cfg, processes, *, turn=None):
+        sizes.append(turn)
+        return evaluate(model, masks, splits, cfg, processes, turn=turn)
+
+    changes = dict(eval_interval=2, max_steps=7, **STEERED)
+    for name, few in (("all", 0), ("few", 2)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[stage], "evaluate", counting)
+            main(make(data_dir, tmp_path / name, source, eval_between=few, **changes))
+        rows.append(eval_lines(tmp_path / name))
+    assert sizes == [None, 1, 2, 3, None] * 2
+    assert rows[0][0] == rows[1][0] and all(rows[0][i]["eval_loss"] != rows[1][i]["eval_loss"] for i in (1, 2, 3))
+
+
 def test_the_ramp_and_the_schedule_are_logged_as_they_are_used(pruned):
     lines = train_lines(pruned)
     want = {"hidden": 12 / 32, "layer": 1 / 4, "intermediate": 18 / 48, "kv_head": 1 / 2, "query_head": 1 / 2}
