@@ -284,7 +284,7 @@ class TrainSettings:
     parallel: typing.Literal["ddp", "fsdp"] = "ddp"  # a copy of all on each device, or all sharded over them (FSDP2)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda, else float32
     attention: typing.Literal["sdpa", "flash_attn"] = "sdpa"  # torch's own, or the flash-attn package (cuda, bfloat16)
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile each layer
     # what of a layer is computed again in the backward pass: nothing; all but products and attention, which costs little
     checkpointing: typing.Literal["none", "selective", "full"] = "selective"  # none, selective, or full: a third more time
     plan: int = 0  # say what the run will take on so many devices, without taking it, and stop

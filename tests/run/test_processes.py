@@ -1,0 +1,85 @@
+"""What wraps the model: compiled layers under FSDP and DDP."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import pretrain_settings, random_model, random_tokens, tiny_config
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from l0 import L0, mask_sets
+from run.processes import Processes, shard, wrap
+
+CPU = torch.device("cpu")
+LAYERS = 10  # more than the graphs that torch makes of one function before it gives up
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A list that gets the number of products of each graph as it is made, and one of each as it runs."""
+    made, run = [], []
+
+    def compiler(module: torch.fx.GraphModule, example: list):
+        products = sum(getattr(node.target, "__name__", "").split(".")[0] in ("mm", "addmm", "bmm")
+                       for node in module.graph.nodes)
+        made.append(products)
+
+        def call(arguments: list):
+            run.append(products)
+            return module.forward(*arguments)
+
+        call._boxed_call = True
+        return call
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: plain(self, backend=backend, **options))
+    torch._dynamo.reset()
+    yield made, run
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def group(request, tmp_path):
+    if request.param == "fsdp":  # of 8 processes, of which there is one: messages bring nothing
+        dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    else:
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("group", ["fsdp", "ddp"], indirect=True)
+def test_every_product_of_every_layer_is_in_one_shared_graph(graphs, group, masked, checkpointing, source):
+    made, run = graphs
+    shape, processes = tiny_config(n_layers=LAYERS), Processes(0, 8, CPU, torch.bfloat16)
+    settings = pretrain_settings("data", "out", source, parallel=group, compile=True, checkpointing=checkpointing)
+    model = random_model(shape)
+    model.checkpointing = checkpointing
+    wrapped = wrap(shard(model, settings, processes), settings, processes)
+    masks = L0(mask_sets(shape, dataclasses.replace(shape, hidden_size=16, n_layers=6, n_heads=2, n_kv_heads=1,
+                                                    intermediate_size=24)) if masked else {})
+    tokens, losses = random_tokens(shape), []
+    for _ in range(2):
+        run.clear()
+        with processes.autocast():
+            loss = wrapped(tokens, tokens, masks.sample(0, 0, 0))
+        loss.backward()
+        losses.append(float(loss.detach()))
+    forward, backward = 7, 14  # a product for each weight, two for its gradients
+    assert made == [forward, backward]
+    assert sum(run) == LAYERS * (backward + forward * (2 if checkpointing == "full" else 1))
+    with torch.no_grad(), processes.autocast():
+        run.clear()
+        model(tokens, tokens, masks.deterministic(), reduction="none")
+    assert sum(run) == LAYERS * forward
+    if group == "ddp":  # what FSDP gathers is nothing here
+        eager = random_model(shape)
+        with processes.autocast():
+            assert losses == pytest.approx([float(eager(tokens, tokens, masks.sample(0, 0, 0)).detach())] * 2, rel=1e-3)
