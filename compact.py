@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from l0 import L0, mask_sets
+from l0 import L0, TopK, mask_sets, undecided
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from run.checkpoint import read_state
 from run.settings import FilePath, check, run_stage, user_errors
@@ -166,7 +166,7 @@ def largest_difference(masked: Transformer, masks: dict[str, Tensor], dense: Tra
     return float((expected - dense(tokens)).abs().max()), float(expected.abs().max())
 
 
-def report(masks: dict[str, Tensor], undecided: dict[str, tuple[int, int]], cfg: ModelConfig) -> None:
+def report(masks: dict[str, Tensor], cfg: ModelConfig) -> None:
     """Print what was kept, and how sure training was of it."""
     print(f"layers kept: {[i for i in range(cfg.n_layers) if not is_closed(masks, i)]}")
     for i in range(cfg.n_layers):
@@ -176,7 +176,7 @@ def report(masks: dict[str, Tensor], undecided: dict[str, tuple[int, int]], cfg:
             print(f"  layer {i}: heads {heads.tolist()}, KV heads {kv_heads.tolist()}, "
                   f"{len(kept(z['intermediate'], cfg.intermediate_size))} of {cfg.intermediate_size} MLP units")
     for name, z in masks.items():
-        dead, between = undecided[name]
+        dead, between = undecided(z)
         print(f"{name}: {int((z > 0).sum())} of {z.numel()} units kept, {dead} of them near-dead (z < 0.05), {between} "
               "undecided (z < 0.95)")
 
@@ -190,13 +190,13 @@ def main(cfg: CompactSettings) -> None:
     state = read_state(folder)
     source = read_model_config(folder, ModelConfig)
     target = read_model_config(folder, ModelConfig, "target_config.json")
-    names = tensor_names(folder / "masks.safetensors")
-    modules = tuple(name.removeprefix("log_alpha.") for name in names if name.startswith("log_alpha."))
+    kinds, modules = zip(*(name.split(".") for name in tensor_names(folder / "masks.safetensors")))
     with user_errors():
-        l0 = load_weights(L0(mask_sets(source, target, modules)), folder / "masks.safetensors")
+        learned = TopK if "scores" in kinds else L0  # of ones and zeros, or soft
+        l0 = load_weights(learned(mask_sets(source, target, modules)), folder / "masks.safetensors")
         masks = l0.deterministic()
         shape, names = compacted_shape(source, masks)
-    report(masks, l0.undecided(), source)
+    report(masks, source)
     if "layer" not in masks:  # head_layer and mlp close blocks, and how many layers lose both is not set beforehand
         if shape.n_layers != target.n_layers:
             print(f"{shape.n_layers} layers, not the target's {target.n_layers}: attention and MLP blocks close one by one")

@@ -173,17 +173,101 @@ class L0(nn.Module):
             terms.append((self.lambda_[name] * gap + self.phi[name] * gap.square()).mean())
         return torch.stack(terms).sum()
 
-    @torch.no_grad()
-    def undecided(self) -> dict[str, tuple[int, int]]:
-        """Of the units that the target's counts keep: how many are near-dead (z < 0.05), how many between (z < 0.95).
+    def units(self) -> list[nn.Parameter]:
+        """What the gradients of the masks reach."""
+        return list(self.log_alpha.values())
 
-        Near-dead units are dead weight in the compacted model: training closed them and the count reopened them.
-        """
-        counts = {}
-        for name, z in self.deterministic().items():
-            kept = z[z > 0]
-            counts[name] = (int((kept < 0.05).sum()), int(((kept >= 0.05) & (kept < 0.95)).sum()))
-        return counts
+    @torch.no_grad()
+    def metrics(self, step: int, *, warmup: int, start: float = 0.0) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
+        """For the log after `step` steps: sparsities (row means), targets and multipliers; and P(z != 0) of each unit."""
+        values = {}
+        for name, s in self.sparsity().items():
+            values |= {f"sparsity/{name}": s.mean(), f"lambda/{name}": self.lambda_[name], f"phi/{name}": self.phi[name],
+                       f"target_sparsity/{name}": self.target_sparsity(name, step, warmup=warmup, start=start)}
+        return values, {name: prob_open(p) for name, p in self.log_alpha.items()}
+
+
+def undecided(z: Tensor) -> tuple[int, int]:
+    """Of the units that a deterministic mask keeps: how many are near-dead (z < 0.05), how many between (z < 0.95).
+
+    Near-dead units are dead weight in the compacted model: training closed them and the count reopened them.
+    """
+    kept = z[z > 0]
+    return int((kept < 0.05).sum()), int(((kept >= 0.05) & (kept < 0.95)).sum())
+
+
+TEMPERATURES = 1.0, 0.2  # of TopK's masks at the first and last step; a row's scores start with a standard deviation of 1
+
+
+def soft_topk(scores: Tensor, count: float, temperature: float) -> Tensor:
+    """sigmoid((score - tau) / temperature), with a tau that makes each row sum to `count`, found by bisection.
+
+    scores [..., n] -> [..., n].  Gradients take tau as a constant.
+    """
+    with torch.no_grad():
+        margin = temperature * math.log(scores.shape[-1] / min(1.0, scores.shape[-1] - count))  # tau lies within
+        low, high = scores.amin(-1, keepdim=True) - margin, scores.amax(-1, keepdim=True) + margin
+        for _ in range(30):
+            tau = (low + high) / 2
+            many = torch.sigmoid((scores - tau) / temperature).sum(-1, keepdim=True) > count
+            low, high = torch.where(many, tau, low), torch.where(many, high, tau)
+    return torch.sigmoid((scores - tau) / temperature)
+
+
+class TopK(nn.Module):
+    """Masks by scores: no noise, no multipliers, and at every step exactly as many units as asked.
+
+    In training a soft top-k whose count falls from all units to the target's over `ramp` steps, while its temperature falls
+    over all `steps`; for evaluation and compaction the target's count of highest scores, as exact ones.  What
+    tools/importance.py measures is a set of such scores too; `scores` starts from them, or from next to nothing.
+    """
+
+    def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, steps: int = 1, ramp: int = 1, seed: int = 0):
+        super().__init__()
+        self.sets, self.steps, self.ramp = dict(sets), steps, ramp
+        generator = torch.Generator().manual_seed(seed)
+        self.scores = nn.ParameterDict({name: nn.Parameter(torch.empty(shape).normal_(0.0, 0.01, generator=generator))
+                                        for name, (shape, _) in sets.items()})
+
+    @torch.no_grad()
+    def start_from(self, scores: dict[str, Tensor]) -> None:
+        """Each row's scores (above 0: of their logarithms) by their mean and standard deviation, in place."""
+        for name, p in self.scores.items():
+            s = scores[name].log() if (scores[name] > 0).all() else scores[name]
+            p.copy_((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True).clamp(min=1e-6))
+
+    def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
+        """For AdamW; see L0."""
+        return [dict(params=list(self.scores.values()), lr=mask_lr)]
+
+    def count(self, name: str, step: int) -> float:
+        """Units open in each row of a set at a step."""
+        shape, kept = self.sets[name]
+        return shape[-1] + (kept - shape[-1]) * min(1.0, (step + 1) / max(1, self.ramp))
+
+    def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
+        """Training masks, the same for all micro-batches of a step."""
+        hot, cold = TEMPERATURES
+        temperature = hot * (cold / hot) ** min(1.0, step / max(1, self.steps - 1))
+        return {name: soft_topk(p, self.count(name, step), temperature) for name, p in self.scores.items()}
+
+    @torch.no_grad()
+    def deterministic(self, *, target: bool = True) -> dict[str, Tensor]:
+        """Masks of 0 and 1 with the target's counts."""
+        return {name: (p.argsort(dim=-1, stable=True).argsort(dim=-1) >= p.shape[-1] - self.sets[name][1]).float()
+                for name, p in self.scores.items()}
+
+    def units(self) -> list[nn.Parameter]:
+        return list(self.scores.values())
+
+    @torch.no_grad()
+    def metrics(self, step: int, **ramp) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """For the log after `step` steps: sparsities, which are their targets; and the masks of that step."""
+        values = {}
+        for name, (shape, _) in self.sets.items():
+            sparsity = 1 - self.count(name, step - 1) / shape[-1]
+            values |= {f"sparsity/{name}": sparsity, f"target_sparsity/{name}": sparsity}
+        return values, self.sample(0, step - 1, 0)
 
 
 def expected_params(cfg, p_open: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,8 @@ def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str,
 
 def masked_linear(x: Tensor, linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """linear(x * columns) * rows, with the factors on the weight.  x [..., in], rows [out], columns [in] -> [..., out]."""
+    if rows is None and columns is None:
+        return linear(x)  # a call that hooks see: tools/importance.py
     weight, bias = linear.weight, linear.bias
     if columns is not None:
         weight = weight * columns

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, RunData, Sampler, evaluate, open_run_data, steer
-from l0 import L0, expected_params, mask_sets, prob_open
+from l0 import L0, TopK, expected_params, mask_sets, undecided
 from model import ModelConfig, Transformer
 from run.checkpoint import load_optimizer, parameter_names, save_checkpoint, save_masks, start_run
 from run.metrics import Metrics
@@ -31,7 +31,7 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor, make_optimizer,
                            no_sync, shard, start_processes, used_up, wrap)
 from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.weights import load_weights, read_model_config
+from run.weights import latest_checkpoint, load_weights, read_model_config, read_tensors
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class PruneSettings(TrainSettings):
     multiplier_learning_rate: float = 1.0  # peak, of lambda and phi, which are ascended
     lagrangian_warmup_steps: int = 640  # the target sparsity rises linearly over these
     start_sparsity: float = 0.0  # where it starts
+    relaxation: Literal["sample", "topk"] = "sample"  # masks: hard-concrete samples with a Lagrangian, or a soft top-k
+    init_scores: str = ""  # folder that tools.importance wrote, to start the scores of topk from; "": from nothing
+    freeze_weights: bool = False  # learn the masks alone: compact.py then cuts them out of the source as it was
     count: Literal["expected", "rescaled"] = "expected"  # how open units are counted; see above
     eval_target_model: bool = False  # evaluate with the target's counts, not the masks' own; the last one always is
 
@@ -62,6 +65,8 @@ class PruneSettings(TrainSettings):
         require(self.lagrangian_warmup_steps >= 0, f"lagrangian_warmup_steps = {self.lagrangian_warmup_steps} must not be "
                 "negative")
         require(0 <= self.start_sparsity < 1, f"start_sparsity = {self.start_sparsity} must be from 0 to below 1")
+        require(self.init_scores == "" or self.relaxation == "topk", f"init_scores = {self.init_scores} is a start for "
+                "relaxation = topk, not for sample")
         require(self.init_from != "", "no value for init_from: the model folder of the source")
 
 
@@ -78,18 +83,19 @@ def target_config(cfg: PruneSettings, source: ModelConfig) -> ModelConfig:
         intermediate_size=cfg.target_intermediate_size or source.intermediate_size)
 
 
-def mask_metrics(masks: L0, source: ModelConfig, cfg: PruneSettings, step: int) -> dict[str, float | torch.Tensor]:
-    """Every sparsity (row mean) and its target, both multipliers, and the expected size of the model."""
-    values = {}
-    for name, s in masks.sparsity().items():
-        values[f"sparsity/{name}"] = s.detach().mean()
-        values[f"target_sparsity/{name}"] = masks.target_sparsity(name, step, warmup=cfg.lagrangian_warmup_steps,
-                                                                  start=cfg.start_sparsity)
-        values[f"lambda/{name}"], values[f"phi/{name}"] = masks.lambda_[name].detach(), masks.phi[name].detach()
+def mask_metrics(masks: L0 | TopK, source: ModelConfig, cfg: PruneSettings, step: int) -> dict[str, float | Tensor]:
+    """Every sparsity (row mean) and its target, both multipliers if there are any, and the expected size of the model."""
+    values, p_open = masks.metrics(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
     with torch.no_grad():
-        p_open = {name: prob_open(p) for name, p in masks.log_alpha.items()}
         values["expected_prunable_params"], values["expected_params"] = expected_params(source, p_open)
     return values
+
+
+def load_scores(folder: str, sets: dict) -> dict[str, Tensor]:
+    """The scores that tools.importance wrote for these mask sets.  Raises UserError."""
+    path = (latest_checkpoint(folder) or Path(folder)) / "masks.safetensors"
+    found = read_tensors(path, {f"scores.{name}": shape for name, (shape, _) in sets.items()})
+    return {name.removeprefix("scores."): tensor for name, tensor in found}
 
 
 def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path | None, processes: Processes):
@@ -97,9 +103,13 @@ def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path 
     with torch.device("meta"):
         model = Transformer(source, attention=cfg.attention, checkpointing=cfg.checkpointing)
     model = load_weights(shard(model, cfg, processes).to_empty(device=processes.device), checkpoint or cfg.init_from)
-    masks = L0(sets, count=cfg.count, seed=cfg.seed).to(processes.device)
+    masks = (L0(sets, count=cfg.count, seed=cfg.seed) if cfg.relaxation == "sample" else
+             TopK(sets, steps=cfg.max_steps, ramp=cfg.lagrangian_warmup_steps, seed=cfg.seed)).to(processes.device)
+    if cfg.init_scores:
+        masks.start_from(load_scores(cfg.init_scores, sets))
+    model.requires_grad_(not cfg.freeze_weights)
     optimizer = make_optimizer([
-        dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
+        dict(params=[p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
         *masks.parameter_groups(mask_lr=cfg.mask_learning_rate, multiplier_lr=cfg.multiplier_learning_rate),
     ])
     if checkpoint is not None:
@@ -143,13 +153,13 @@ def main(cfg: PruneSettings) -> None:
                       f"{cfg.lagrangian_warmup_steps}")
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
     train(cfg, processes, signals, data, sampler, state, model, masks, optimizer, target, assets)
-    for name, (dead, between) in masks.undecided().items():
-        asked = masks.target_sparsity(name, cfg.max_steps, warmup=0)
+    for name, z in (masks.deterministic() if cfg.relaxation == "sample" else {}).items():
+        asked, (dead, between) = masks.target_sparsity(name, cfg.max_steps, warmup=0), undecided(z)
         processes.say(f"{name}: expected sparsity {float(masks.sparsity()[name].detach().mean()):.4f}, "
                       f"the target's {asked:.4f}; {dead} near-dead units kept (z < 0.05), {between} undecided (z < 0.95)")
 
 
-def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks: L0, optimizer: torch.optim.AdamW,
+def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks: L0 | TopK, optimizer: torch.optim.AdamW,
                sampler: Sampler, batch: Batch, step: int,
                mark: Callable[[str], None] = lambda phase: None) -> dict[str, Tensor]:
     """One step of the optimizers: accumulate, clip, step.  model: of `wrap`.  mark(phase) is called as each phase ends.
@@ -157,7 +167,7 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
     Returns what a log line averages, 0-d tensors on the device: the losses, and what `clip_and_step` tells.
     """
     rank, world, device = processes.rank, processes.world, processes.device
-    accum, log_alphas = cfg.global_batch_size // (cfg.micro_batch_size * world), list(masks.log_alpha.values())
+    accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
     found = {"loss": torch.zeros((), device=device)}
     for micro_step in range(accum):
         index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
@@ -173,20 +183,22 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
             loss.backward()
         found["loss"] += loss.detach()
         mark("backward")
-    if log_alphas:
-        average_gradients(log_alphas, processes)
+    average_gradients(masks.units(), processes)
+    if masks.sets and cfg.relaxation == "sample":
         lagrangian = masks.lagrangian(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
         lagrangian.backward()  # after averaging: it is the same on every rank
         found["loss/lagrangian"] = lagrangian.detach()
     mark("masks")
     found |= clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip)
-    masks.clamp_()
+    if cfg.relaxation == "sample":
+        masks.clamp_()
     mark("optimizer")
     return found
 
 
 def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, masks: L0, optimizer: torch.optim.AdamW, target: ModelConfig, assets: list[Path]) -> None:
+          model: Transformer, masks: L0 | TopK, optimizer: torch.optim.AdamW, target: ModelConfig,
+          assets: list[Path]) -> None:
     """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
 
     A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.

@@ -30,7 +30,7 @@ from run.weights import (all_checkpoints, damage, is_finite, latest_checkpoint, 
 
 # Settings that a resumed run must keep, as it must its target_* and its tokens.
 FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
-         "reference_loss", "start_sparsity")
+         "reference_loss", "start_sparsity", "relaxation", "init_scores", "freeze_weights")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def parameter_names(model: nn.Module, masks: nn.Module | None = None) -> dict[str, nn.Parameter]:
     """Every trained parameter under the name it has in optimizer.safetensors."""
-    names = dict(model.named_parameters())
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return names if masks is None else names | {f"masks.{name}": p for name, p in masks.named_parameters()}
 
 

@@ -142,7 +142,7 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
     """
     if settings.compile:
         compile_layers(model)
-    if processes.world == 1 or settings.parallel == "fsdp":
+    if processes.world == 1 or settings.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
