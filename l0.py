@@ -119,8 +119,9 @@ class L0(nn.Module):
 
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
         """For AdamW: log_alpha descends, the multipliers ascend.  # spec 4"""
-        return [dict(params=list(self.log_alpha.values()), lr=mask_lr),
-                dict(params=[*self.lambda_.values(), *self.phi.values()], lr=multiplier_lr, maximize=True)]
+        multipliers = [*self.lambda_.values(), *self.phi.values()]
+        return [dict(name="log_alpha", params=list(self.log_alpha.values()), lr=mask_lr),
+                dict(name="multipliers", params=multipliers, lr=multiplier_lr, maximize=True)]
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -238,7 +239,7 @@ class TopK(nn.Module):
 
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
         """For AdamW; see L0."""
-        return [dict(params=list(self.scores.values()), lr=mask_lr)]
+        return [dict(name="scores", params=list(self.scores.values()), lr=mask_lr)]
 
     def count(self, name: str, step: int) -> float:
         """Units open in each row of a set at a step."""

@@ -69,7 +69,8 @@ def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, pr
     else:
         model = shard(model, cfg, processes).to_empty(device=processes.device)
         load_weights(model, checkpoint or cfg.init_from)
-    optimizer = make_optimizer([dict(params=list(model.parameters()), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)])
+    optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=cfg.learning_rate,
+                                     weight_decay=cfg.weight_decay)])
     if checkpoint is not None:
         load_optimizer(optimizer, parameter_names(model), checkpoint)
     return model, optimizer

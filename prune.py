@@ -109,7 +109,8 @@ def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path 
         masks.start_from(load_scores(cfg.init_scores, sets))
     model.requires_grad_(not cfg.freeze_weights)
     optimizer = make_optimizer([
-        dict(params=[p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay),
+        dict(name="weights", params=[p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate,
+             weight_decay=cfg.weight_decay),
         *masks.parameter_groups(mask_lr=cfg.mask_learning_rate, multiplier_lr=cfg.multiplier_learning_rate),
     ])
     if checkpoint is not None:

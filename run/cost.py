@@ -226,7 +226,7 @@ def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool
             torch.set_default_dtype(torch.float32)
         weights, masks = counter.now, parts.masks(sets) if sets else None
         trained = [*model.parameters(), *(masks.parameters() if masks else ())]
-        optimizer = make_optimizer([dict(params=list(model.parameters()), lr=1.0)]
+        optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=1.0)]
                                    + (masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0) if masks else []))
         for again in range(1 + gradients_stay):
             for p in trained:

@@ -219,7 +219,7 @@ def used_up(domains: list[str], settings: TrainSettings, processes: Processes) -
 
 
 def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
-    """AdamW as the paper sets it.  groups: {"params", "lr", and "maximize" or "weight_decay" where they differ}.
+    """AdamW as the paper sets it.  groups: {"name", "params", "lr", and "maximize" or "weight_decay" where they differ}.
 
     Each group keeps its peak as "peak_lr"; `set_lr` scales it.
     """
@@ -250,8 +250,8 @@ def clip_and_step(optimizer: torch.optim.AdamW, factor: float, grad_clip: float)
     optimizer.grad_scale, optimizer.found_inf = None, 1.0 - norms.isfinite().all().float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    names = [f"grad_norm/{group}" for group in ("weights", "log_alpha", "multipliers")]  # the order of every stage's groups
-    return dict(zip(names, norms)) | {"skipped": optimizer.found_inf}
+    named = {f"grad_norm/{group['name']}": norm for group, norm in zip(optimizer.param_groups, norms)}
+    return named | {"skipped": optimizer.found_inf}
 
 
 def average_gradients(parameters: list[nn.Parameter], processes: Processes) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
-from l0 import L0, LOG_ALPHA_MAX, LOG_ALPHA_MIN, MASKS, dims, expected_params, mask_sets, prob_open, sample, undecided
+from l0 import (L0, LOG_ALPHA_MAX, LOG_ALPHA_MIN, MASKS, TEMPERATURES, TopK, dims, expected_params, mask_sets, prob_open,
+                sample, soft_topk, undecided)
 from model import ModelConfig
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "l0_small.npz")
@@ -291,3 +292,35 @@ def test_block_masks_stand_in_for_layers():
     target = dataclasses.replace(GROUPED, n_layers=3)
     assert mask_sets(GROUPED, target, ("head_layer", "mlp")) == {"head_layer": ((4,), 3), "mlp": ((4,), 3)}
     assert mask_sets(GROUPED, GROUPED, tuple(m for m in MASKS if m != "head")) == {}
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("shape, count", [((10,), 4.0), ((3, 7), 6.5), ((2, 3, 2), 1.0), ((5, 400), 399.9)])
+def test_a_soft_top_k_sums_to_its_count_and_keeps_the_order(shape, count, temperature):
+    scores = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(0))
+    z = soft_topk(scores, count, temperature)
+    torch.testing.assert_close(z.sum(-1), torch.full(shape[:-1], count), rtol=1e-4, atol=1e-3)
+    assert (z.gather(-1, scores.argsort(-1)).diff(dim=-1) >= 0).all() and z.min() > 0 and z.max() <= 1
+
+
+def test_scores_close_units_by_the_ramp_and_end_at_exact_ones_and_zeros():
+    sets = mask_sets(GROUPED, GROUPED_TARGET)
+    masks = TopK(sets, steps=10, ramp=5)
+    scores = {name: torch.rand(shape) + 0.1 for name, (shape, _) in sets.items()}
+    masks.start_from(scores)
+    for step in range(10):
+        for name, z in masks.sample(0, step, 0).items():
+            (size, kept), open_units = (sets[name][0][-1], sets[name][1]), z.sum(-1)
+            asked = size + (kept - size) * min(1, (step + 1) / 5)
+            torch.testing.assert_close(open_units, torch.full_like(open_units, asked), rtol=1e-3, atol=1e-2)
+    for name, z in masks.deterministic().items():
+        kept = sets[name][1]
+        assert set(z.unique().tolist()) == {0.0, 1.0} and (z.sum(-1) == kept).all()
+        lowest = scores[name].masked_fill(z == 0, 9.0).amin(-1)  # the highest scores of each row are those kept
+        assert (lowest >= scores[name].masked_fill(z == 1, -9.0).amax(-1)).all()
+
+
+def test_a_score_moves_against_its_gradient():
+    masks = TopK({"hidden": ((4,), 2)}, steps=3, ramp=1)
+    (masks.sample(0, 2, 0)["hidden"] * torch.tensor([1.0, 0.0, 0.0, 0.0])).sum().backward()
+    assert masks.scores["hidden"].grad[0] > 0 and (masks.scores["hidden"].grad[1:] == 0).all()

@@ -60,6 +60,34 @@ def test_resume_is_bit_identical(tmp_path, data_dir, source, stage, monkeypatch)
     assert sum(state["cursors"].values()) == 7 * 8 and state["evaluated"] == 7
 
 
+SCORES = dict(relaxation="topk", freeze_weights=True, mask_learning_rate=0.1)
+
+
+def test_masks_learned_alone_leave_the_source_as_it_was_and_resume_to_the_bit(tmp_path, data_dir, source):
+    whole = prune_settings(data_dir, tmp_path / "whole", source, **SCORES)
+    prune.main(whole)
+    last = tmp_path / "whole" / "step_0000006"
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, last))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert {name.split(".")[1] for name in load_file(last / "optimizer.safetensors")} == {"scores"}  # no moments of weights
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "step_0000006")
+    prune.main(dataclasses.replace(whole, out_dir=str(tmp_path / "resumed"), resume=True))
+    same_files(last, tmp_path / "resumed" / "step_0000006")
+    assert without_speed(tmp_path / "whole") == without_speed(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_masks_learned_alone_are_the_same_on_two_processes(tmp_path, data_dir, source, parallel):
+    prune.main(prune_settings(data_dir, tmp_path / "one", source, **SCORES))
+    two = prune_settings(data_dir, tmp_path / "two", source, parallel=parallel, **SCORES)
+    done = run_script("prune.py", *flags(two), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "step_0000006" / "masks.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4)
+
+
 def test_resume_of_a_finished_run_does_nothing(tmp_path, data_dir, source):
     cfg = pretrain_settings(data_dir, tmp_path / "out", source)
     pretrain.main(cfg)
@@ -308,8 +336,8 @@ def test_damaged_weights_are_refused(tmp_path, data_dir, source, stage, value):
 def test_a_step_without_finite_gradient_changes_nothing_and_the_next_one_works():
     generator = torch.Generator().manual_seed(0)
     weights, masks = (torch.nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(2))
-    optimizer = make_optimizer([dict(params=[weights], lr=0.1, weight_decay=0.1),
-                                dict(params=[masks], lr=1.0, maximize=True)])
+    optimizer = make_optimizer([dict(name="weights", params=[weights], lr=0.1, weight_decay=0.1),
+                                dict(name="log_alpha", params=[masks], lr=1.0, maximize=True)])
 
     def step(value: float):
         weights.grad, masks.grad = torch.ones(3, 4), torch.ones(3, 4)
@@ -335,7 +363,7 @@ def test_a_step_without_finite_gradient_changes_nothing_and_the_next_one_works()
 def test_each_group_is_clipped_by_its_own_norm():
     """Seen in Adam's first moment: after one step it is 0.1 of the clipped gradient."""
     a, b = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(9))
-    optimizer = make_optimizer([dict(params=[a], lr=0.1), dict(params=[b], lr=0.1)])
+    optimizer = make_optimizer([dict(name="weights", params=[a], lr=0.1), dict(name="log_alpha", params=[b], lr=0.1)])
     a.grad, b.grad = torch.full((4,), 0.1), torch.full((9,), 1000.0)
     found = clip_and_step(optimizer, 1.0, 1.0)
     torch.testing.assert_close(torch.stack([found["grad_norm/weights"], found["grad_norm/log_alpha"]]),

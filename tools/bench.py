@@ -130,7 +130,7 @@ def stage_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch
     shape, settings = cfg.shape, cfg.train_settings(masked)
     model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(processes.device)
     init_weights(model, seed=0)
-    groups, masks = [dict(params=list(model.parameters()), lr=settings.learning_rate)], []
+    groups, masks = [dict(name="weights", params=list(model.parameters()), lr=settings.learning_rate)], []
     if masked:
         halves = {name: max(1, getattr(shape, name) // 2)
                   for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")}
@@ -161,7 +161,7 @@ def hf_step(cfg: BenchSettings, processes: Processes, sampler: Sampler, watch: S
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cfg.compile:
         model.compile()
-    optimizer = make_optimizer([dict(params=list(model.parameters()), lr=settings.learning_rate)])
+    optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=settings.learning_rate)])
     optimizer.register_step_pre_hook(lambda *_: watch.mark("clip"))
 
     def step(i: int) -> None:

@@ -48,7 +48,7 @@ torch.mm(torch.ones(300, 300), torch.ones(300, 300))  # what the libraries take
 before = status("VmRSS")
 model, masks = Transformer(shape, checkpointing=checkpointing), L0(sets)
 init_weights(model, 0)
-optimizer = make_optimizer([dict(params=list(model.parameters()), lr=1e-4),
+optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=1e-4),
                             *masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0)])
 tokens = torch.randint(16000, (4, T))
 for step in range(2):
