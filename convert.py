@@ -5,8 +5,8 @@
     python convert.py --from_gguf=SmolLM2-135M.gguf --out_dir=models/smollm2_135m
 
 Exact unless --dtype says otherwise, with one tensor in memory at a time and every tensor of the source accounted for.
---verify compares the logits of both sides before the new folder gets its name.  Other projects' names of things are
-known in this file only.
+--verify compares the logits of both sides, and what both make of some texts, before the new folder gets its name.  Other
+projects' names of things are known in this file only.
 """
 
 import functools
@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer, parameter_shapes
+from run.hf_tokenizer import AS_IS, TEXTS, auto_differences, code_files, export_tokenizer
 from run.settings import FilePath, UserError, check, read_json, require, run_stage
-from run.tokenizer import load_tokenizer
+from run.tokenizer import holds_tokenizer, load_tokenizer
 from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
                          read_tensor, verified, write_tensors)
 
@@ -47,8 +48,6 @@ GGUF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "att
               "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 GGUF_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}
-# This class takes tokenizer.json as it is; those of the architectures rebuild it by rules of their own.
-TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 TOLERANCE = 1e-4  # --verify: largest difference of a logit, as a share of the largest logit
 
 Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
@@ -62,7 +61,7 @@ class ConvertSettings:
     to_hf: FilePath = ""  # model folder of ours, or a step_* folder, to write as a Hugging Face folder
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights written; source: unchanged
     shard_gb: float = 5.0  # with to_hf: a file of weights holds at most so many GB
-    verify: bool = False  # compare logits with transformers'; on a mismatch write nothing and exit with status 1
+    verify: bool = False  # compare logits and tokenizer with transformers'; on a mismatch write nothing, exit with status 1
 
     def __post_init__(self):
         given = [name for name in ("from_hf", "from_gguf", "to_hf") if getattr(self, name)]
@@ -237,7 +236,7 @@ def write_tokenizer(folder: Path, vocab: dict, merges: list, *, special: list, a
     for name, part in parts.items():
         setattr(tokenizer, name, part)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | names)
+    write_json(folder / "tokenizer_config.json", AS_IS | names)
 
 
 def tokenizer_from_gguf(meta: dict, folder: Path) -> str:
@@ -258,43 +257,6 @@ def tokenizer_from_gguf(meta: dict, folder: Path) -> str:
         special=[token for token, kind in zip(tokens, get("token_type")) if kind == 3],  # 3: control
         add_bos=bool(get("add_bos_token")), names=names,
         parts={"pre_tokenizer": pre_tokenizers.Sequence(split), "decoder": decoders.ByteLevel()})
-    return ""
-
-
-def tokenizer_from_sentencepiece(folder: Path) -> str:
-    """Write the tokenizer of tokenizer.model if it is a BPE without normalisation, as prepare.py trains them.
-
-    Without tokenizer.json, transformers needs protobuf to read a tokenizer.model.  Returns why not, or "".
-    """
-    if importlib.util.find_spec("tokenizers") is None or not (folder / "tokenizer.model").is_file():
-        return "it takes the package tokenizers and a tokenizer.model"
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import decoders, normalizers
-
-    try:
-        sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    except RuntimeError:
-        return "tokenizer.model is not SentencePiece's"
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    special = [piece for i, piece in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)]
-    ranked = [i for i, piece in enumerate(pieces) if piece not in special and not sp.is_byte(i)]
-    prefix = sp.normalize("a").removesuffix("a")  # "▁" or nothing
-    # A trained BPE scores its pieces 0, -1, -2, ...: the order of its merges.
-    if ([sp.get_score(i) for i in ranked] != [-float(n) for n in range(len(ranked))]
-            or sp.normalize("  a\t\ufb01 \n e\u0301  ") != prefix + "▁▁a\t\ufb01▁\n▁e\u0301▁▁"):
-        return "tokenizer.model is not a BPE without normalisation"
-    normal = {pieces[i] for i in ranked}
-    merges = [(p[:k], p[k:]) for p in (pieces[i] for i in ranked) for k in range(1, len(p))
-              if p[:k] in normal and p[k:] in normal]
-    spaces = [normalizers.Prepend(prefix)] * bool(prefix) + [normalizers.Replace(" ", "▁")]
-    words = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    words += [decoders.Strip(" ", 1, 0)] if prefix else []
-    ids = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id()}
-    write_tokenizer(
-        folder, {piece: i for i, piece in enumerate(pieces)}, merges, special=special, add_bos=ids["bos"] >= 0,
-        names={f"{name}_token": pieces[i] for name, i in ids.items() if i >= 0},
-        parts={"normalizer": normalizers.Sequence(spaces), "decoder": decoders.Sequence(words)},
-        unk_token=pieces[ids["unk"]], fuse_unk=True, byte_fallback=True)
     return ""
 
 
@@ -326,7 +288,10 @@ def from_hf(settings: ConvertSettings, folder: Path) -> None:
               "right, set it to false in config.json")
     write_weights(folder, cfg, loaders, getattr(torch, settings.dtype, dtype), source=settings.from_hf)
     (folder / "model_config.json").write_text(cfg.to_json())
-    copy_files(source, folder / "assets", CARRIED)
+    code = code_files(source)
+    if code:
+        print(f"carried along, and never run here: {', '.join(code)}, the code of the tokenizer")
+    copy_files(source, folder / "assets", (*CARRIED, *code))
 
 
 def from_gguf(settings: ConvertSettings, folder: Path) -> None:
@@ -391,15 +356,16 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
     path, unknown = folder / "config.json", {"bos_token_id": None, "eos_token_id": None}  # or transformers takes 1 and 2
     carried = read_json(path) if path.is_file() else unknown
     check(isinstance(carried, dict), f"{source / 'assets' / path.name} is not a JSON object; mend or remove it")
-    bare = not (folder / "tokenizer_config.json").is_file()
-    if bare and (folder / "tokenizer.json").is_file():
-        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
-    elif bare and (why_not := tokenizer_from_sentencepiece(folder)):
-        print(f"no tokenizer.json written, so AutoTokenizer may not find a tokenizer: {why_not}")
-    if bare and (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(folder)
-        carried |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    write_json(path, config_to_hf(cfg, carried, dtype))
+    config = config_to_hf(cfg, carried, dtype)
+    try:
+        check(holds_tokenizer(source / "assets"), f"{source / 'assets'} holds none")
+        tokenizer = load_tokenizer(source / "assets")
+        bare = not (folder / "tokenizer_config.json").is_file()
+        export_tokenizer(folder, tokenizer, config["model_type"])
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if bare else {}
+    except UserError as error:
+        print(f"no tokenizer was written, only such files as there are copied: {error}")
+    write_json(path, config)
 
 
 @torch.no_grad()
@@ -429,6 +395,23 @@ def verify(settings: ConvertSettings, folder: Path) -> None:
         sys.exit(1)
 
 
+def verify_tokenizer(settings: ConvertSettings, folder: Path) -> None:
+    """Hold AutoTokenizer on the Hugging Face folder against our own reader.  Exits with status 1 if an export differs."""
+    ours, theirs = (Path(settings.to_hf), folder) if settings.to_hf else (folder, Path(settings.from_hf))
+    try:
+        found = auto_differences(load_tokenizer(ours / "assets"), theirs)
+    except UserError as error:
+        return print(f"verify: no tokenizer was compared: {error}")
+    if not found:
+        return print(f"verify: AutoTokenizer does the same on {len(TEXTS)} texts")
+    print(f"verify: AutoTokenizer on {theirs} differs from run/tokenizer.py: " + "; ".join(found[:3])
+          + f"; {len(found)} differences in all", file=sys.stderr)
+    if settings.to_hf:
+        print("convert.py: an export's tokenizer must be the model's own; nothing written", file=sys.stderr)
+        sys.exit(1)
+    print("note: text is tokenized here as the tokenizer's own file says, and an export will do the same", file=sys.stderr)
+
+
 def main(settings: ConvertSettings) -> None:
     needed = ["gguf", "tokenizers"] * bool(settings.from_gguf) + ["transformers"] * settings.verify
     needed += ["accelerate"] * (settings.verify and bool(settings.from_gguf))  # transformers reads GGUF through it
@@ -439,6 +422,8 @@ def main(settings: ConvertSettings) -> None:
             (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
         if settings.verify:
             verify(settings, folder)
+            if not settings.from_gguf:
+                verify_tokenizer(settings, folder)
     print(f"wrote {settings.out_dir}")
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from run.processes import Processes, RunState
 from run.settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
-from run.tokenizer import load_tokenizer
+from run.tokenizer import holds_tokenizer, load_tokenizer
 from run.weights import (all_checkpoints, damage, is_finite, latest_checkpoint, let_go, new_folder, part_of, read_tensors,
                          step_of, verified, write_assets, write_manifest, write_tensors)
 
@@ -239,7 +239,7 @@ def carried_assets(cfg: TrainSettings, data) -> list[Path]:
     assets = [data.tokenizer_dir]
     if cfg.init_from:
         own = Path(cfg.init_from) / "assets"
-        if any(own.glob("*token*")):
+        if holds_tokenizer(own):
             check(load_tokenizer(own).fingerprint == data.train[0].tokenizer, f"{cfg.data_dir} was made with another "
                   f"tokenizer than the one in {own}; run prepare.py --tokenizer={own}")
             assets = []

@@ -19,6 +19,7 @@ import tiktoken
 
 from run.settings import UserError, check, read_json
 
+FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.json")  # of a folder, the first that is there counts
 # what a tokenizer without any configuration beside it calls its first and its last token
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
@@ -43,6 +44,7 @@ class Tokenizer:
     eos_id: int | None
     vocab_size: int  # largest id + 1, special tokens included
     files: dict[str, bytes]  # what a folder must hold for load_tokenizer to find the same tokenizer there
+    wrapped: object  # of the library that does the work
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without BOS and EOS."""
@@ -68,11 +70,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there is anything of a tokenizer in a folder, be it one that cannot be read here."""
+    return any(p.name in FILES or "token" in p.name for p in folder.glob("*"))
+
+
 def load_path(path: Path) -> Tokenizer:
     if path.is_dir():
-        names = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.json")
-        found = [path / name for name in names if (path / name).is_file()]
-        check(bool(found), f"tokenizer folder {path} has none of {', '.join(names)}")
+        found = [path / name for name in FILES if (path / name).is_file()]
+        check(bool(found), f"tokenizer folder {path} has none of {', '.join(FILES)}")
         if found[0].name == "tokenizer.json" and len(found) > 1 and not has_tokenizers():
             found.pop(0)
         return load_path(found[0])
@@ -95,8 +101,8 @@ def load_sentencepiece(path: Path) -> Tokenizer:
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     size, bos, eos = model.vocab_size(), model.bos_id(), model.eos_id()  # -1: none
     return Tokenizer(lambda texts: [np.array(ids, np.int64) for ids in model.encode(texts, num_threads=1)],
-                     lambda ids: model.decode([int(i) for i in ids if i < size]),
-                     None if bos < 0 else bos, None if eos < 0 else eos, size, {"tokenizer.model": path.read_bytes()})
+                     lambda ids: model.decode([int(i) for i in ids if i < size and i != model.unk_id()]),
+                     None if bos < 0 else bos, None if eos < 0 else eos, size, {"tokenizer.model": path.read_bytes()}, model)
 
 
 def load_tiktoken_name(name: str) -> Tokenizer:
@@ -144,7 +150,7 @@ def wrap_tiktoken(encoding: tiktoken.Encoding, files: dict[str, bytes]) -> Token
 
     return Tokenizer(lambda texts: [encode(text) for text in texts],
                      lambda ids: encoding.decode([int(i) for i in ids if int(i) in ordinary]),
-                     bos, eos, encoding.n_vocab, files)
+                     bos, eos, encoding.n_vocab, files, encoding)
 
 
 def split_long_runs(text: str) -> list[str]:
@@ -187,7 +193,7 @@ def load_hugging_face(path: Path) -> Tokenizer:
         return [np.array(e.ids, np.int64) for e in model.encode_batch_fast(texts, add_special_tokens=False)]
 
     return Tokenizer(encode_batch, lambda ids: model.decode([int(i) for i in ids], skip_special_tokens=True), bos, eos,
-                     max(model.get_vocab(with_added_tokens=True).values()) + 1, files)
+                     max(model.get_vocab(with_added_tokens=True).values()) + 1, files, model)
 
 
 def hugging_face_special(folder: Path, kind: str, token_to_id: Callable[[str], int | None]) -> int | None:

@@ -15,6 +15,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 
 import convert
 from model import ModelConfig, Transformer
+from run import hf_tokenizer
 from run.settings import UserError
 from run.tokenizer import load_tokenizer
 from run.weights import load_weights, read_model_config
@@ -303,6 +304,45 @@ def test_sentencepiece_tokenizer_is_the_same_in_transformers(prefix, tmp_path):
     assert load_tokenizer(assets).fingerprint == load_tokenizer(tmp_path / "export").fingerprint
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (sp.bos_id(), sp.eos_id())
+
+
+def tokenizer_of_ours(folder: Path) -> Path:
+    """A SentencePiece tokenizer, as prepare.py trains them."""
+    from sentencepiece import SentencePieceTrainer
+
+    text = "\n".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py")))
+    SentencePieceTrainer.train(sentence_iterator=iter(text.split("\n")), model_prefix=str(folder / "tokenizer"),
+                               vocab_size=400, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+                               remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+    return folder
+
+
+def test_verify_holds_the_tokenizers_against_each_other(tmp_path, monkeypatch, capsys):
+    """transformers takes Qwen2Tokenizer for this class of model, whatever tokenizer_config.json says."""
+    cfg = ModelConfig(vocab_size=400, hidden_size=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, intermediate_size=24,
+                      qkv_bias=True)
+    (tmp_path / "ours" / "assets").mkdir(parents=True)
+    write_model(tmp_path / "ours", dict(Transformer(cfg).named_parameters()), cfg, [])
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "bare", verify=True)
+    assert capsys.readouterr().out.count("no tokenizer") == 2
+    tokenizer_of_ours(tmp_path / "ours" / "assets")
+    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "export", verify=True)
+    assert "verify: AutoTokenizer does the same on " in capsys.readouterr().out
+    code = "def main(argv):\n    return"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert tokenizer.decode(tokenizer.encode(code), skip_special_tokens=True) == code
+    run(from_hf=tmp_path / "export", out_dir=tmp_path / "again", verify=True)
+    out = capsys.readouterr().out
+    assert "carried along, and never run here: tokenization_as_is.py" in out and "AutoTokenizer does the same" in out
+    run(to_hf=tmp_path / "again", out_dir=tmp_path / "second", verify=True)
+    edit_json(tmp_path / "export" / "tokenizer_config.json", auto_map={})
+    run(from_hf=tmp_path / "export", out_dir=tmp_path / "third", verify=True)  # of the source it is only said
+    assert "differs from run/tokenizer.py: Qwen2Tokenizer: " in capsys.readouterr().err
+    monkeypatch.setattr(hf_tokenizer, "as_built", lambda content, model_type: True)
+    with pytest.raises(SystemExit) as error:
+        run(to_hf=tmp_path / "ours", out_dir=tmp_path / "wrong", verify=True)
+    assert error.value.code == 1 and not (tmp_path / "wrong").exists()
+    assert "Qwen2Tokenizer: 'def f(x)" in capsys.readouterr().err
 
 
 PARAGRAPH = """The river rises in the hills to the north of the town and flows slowly south until it reaches the sea. In the

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,9 +164,9 @@ def test_a_stale_cache_without_a_network_is_one_line(tmp_path):
     """tiktoken drops a cached file of the wrong hash and downloads it again."""
     url = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
     code = ("import hashlib, pathlib, sys; cache = pathlib.Path(sys.argv[1]);"
-            f"(cache / hashlib.sha1(b'{url}').hexdigest()).write_bytes(b'stale'); import settings, tokenizer\n"
+            f"(cache / hashlib.sha1(b'{url}').hexdigest()).write_bytes(b'stale'); from run import settings, tokenizer\n"
             "try: tokenizer.load_tokenizer('cl100k_base')\nexcept settings.UserError as error: print(error)")
     proxy = "http://127.0.0.1:9"  # nobody listens
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60,
-                          cwd=Path(tok.__file__).parent, env={"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": proxy})
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, cwd=ROOT,
+                          env={"TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": proxy})
     assert done.stdout.startswith("tokenizer cl100k_base has to be downloaded") and done.stdout.count("\n") == 1, done
