@@ -147,14 +147,16 @@ def read_config_file(path: str) -> dict[str, object]:
 def parse_args(cls: type, argv: list[str]):
     """Settings from `FILE.py ... --name=value ...`: defaults, then files left to right, then flags.
 
-    cls: a frozen dataclass whose fields are annotated and whose __post_init__ raises ValueError on a bad value.
+    cls: a frozen dataclass whose fields are annotated and whose __post_init__ raises ValueError on a bad value.  Where it
+    names a setting in `positional`, that takes every argument that is neither a flag nor a .py file.
     Returns an instance.  Raises UserError: unknown name (with the nearest known one), wrong type, bad value.
     """
     hints, docs = typing.get_type_hints(cls), setting_docs(cls)
     paths = {n for n, t in typing.get_type_hints(cls, include_extras=True).items() if FilePath in (t, *typing.get_args(t))}
-    names = [f.name for f in dataclasses.fields(cls)]
+    names, positional, bare_arguments = [f.name for f in dataclasses.fields(cls)], getattr(cls, "positional", ""), []
     if {"--help", "-h"} & set(argv):
-        print(inspect.getmodule(cls).__doc__.strip() + "\n\nsettings: FILE.py ... --name=value ...")
+        print(inspect.getmodule(cls).__doc__.strip() + "\n\nsettings: " + f"{positional.upper()} " * bool(positional)
+              + "FILE.py ... --name=value ...")
         for f in dataclasses.fields(cls):
             default = "required" if f.default is dataclasses.MISSING else repr(f.default)
             print(f"  --{f.name}={default}  ({describe(hints[f.name])})\n        {docs.get(f.name, '')}")
@@ -171,9 +173,13 @@ def parse_args(cls: type, argv: list[str]):
         if path.startswith("-"):
             continue
         bare = before.removeprefix("--")
-        if before.startswith("--") and "=" not in before and (hints.get(bare) is not bool or not path.endswith(".py")):
+        taken = path.endswith(".py") or bool(positional)
+        if before.startswith("--") and "=" not in before and (hints.get(bare) is not bool or not taken):
             known(bare, f"the flag {before}")
             raise UserError(f"flag {before} and {path!r} are two arguments; write {before}={path}")
+        if positional and not path.endswith(".py"):
+            bare_arguments.append(path)
+            continue
         for name, value in read_config_file(path).items():
             known(name, path)
             try:
@@ -188,8 +194,13 @@ def parse_args(cls: type, argv: list[str]):
             values[name] = parse_flag(text, hints[name]) if equals else True
         except TypeError:
             raise UserError(f"{name} = {text!r} is not {describe(hints[name])}{written(name, hints[name])}") from None
+    if bare_arguments:
+        several = describe(hints[positional]).startswith("tuple")
+        check(several or len(bare_arguments) == 1, f"{positional} is one argument, not {' '.join(bare_arguments)}")
+        values[positional] = tuple(bare_arguments) if several else bare_arguments[0]
     if missing := [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]:
-        raise UserError(f"no value for {', '.join(missing)}: {docs.get(missing[0], '')}; give --{missing[0]}=...")
+        raise UserError(f"no value for {', '.join(missing)}: {docs.get(missing[0], '')}; give "
+                        + (missing[0].upper() if missing[0] == positional else f"--{missing[0]}=..."))
     values |= {n: expanded(n, v) for n, v in values.items() if n in paths and isinstance(v, str)}
     try:
         return cls(**values)

@@ -333,11 +333,12 @@ def test_a_process_of_its_own_says_no_more(place):
 
 # ---- paths
 
-NO_PATHS = {"split", "text_field", "shard", "steps", "against", "prompt"}  # settings that are text, but name no file
+NO_PATHS = {"split", "text_field", "shard", "steps", "against", "prompt",  # settings that are text, but name no file
+            "runs"}  # bare arguments: the shell expands them
 REQUIRED = {"prune": [*NEEDED, "--out_dir=o"], "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
             "convert": ["--out_dir=o"], "prepare": ["--input_dir=i", "--out_dir=o", "--tokenizer=t"],
             "compact": ["--checkpoint=c", "--out_dir=o"], "sample": ["--model_dir=m"],
-            "reference_loss": ["--losses=l", "--n_params=9"]}
+            "reference_loss": ["--losses=l", "--n_params=9"], "plot": ["r"]}
 
 
 def path_settings(cls: type) -> set[str]:

@@ -126,6 +126,23 @@ def test_a_flag_needs_a_value():
     assert refused("--seed") == "flag --seed has no value; write --seed=..."
 
 
+@dataclasses.dataclass(frozen=True)
+class OfAFolder:
+    folder: str  # what it is about
+    deep: bool = False  # a switch
+
+    positional = "folder"
+
+
+def test_bare_arguments_go_where_the_settings_say():
+    assert parse_args(OfAFolder, ["a", "--deep"]) == parse_args(OfAFolder, ["--deep", "a"]) == OfAFolder("a", deep=True)
+    for argv, said in ((["a", "b"], "folder is one argument, not a b"), ([], "; give FOLDER"),
+                       (["--folder", "a"], "write --folder=a"), (["a", "b.py"], "config file b.py does not exist")):
+        with pytest.raises(UserError, match=re.escape(said)):
+            parse_args(OfAFolder, argv)
+    assert "is neither a config file (.py) nor a setting" in refused("a")  # nothing takes it
+
+
 def test_required_settings_are_asked_for():
     with pytest.raises(UserError, match=r"^no value for data_dir, out_dir: folder that prepare\.py wrote; give --data_dir"):
         parse_args(PruneSettings, ["--init_from=x"])
