@@ -2,40 +2,89 @@
 
 out_dir/step_0000400/ is a model folder (weights.py) with masks.safetensors (of prune.py), optimizer.safetensors and
 state.json beside it, so whatever reads a model folder reads a checkpoint, and manifest.json with the size and SHA-256 of
-each file.  Nothing in it depends on the number of ranks, and nothing is pickled.
+each small file and each tensor.  Nothing in it depends on the number of ranks, and nothing is pickled.
 """
 
 import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import typing
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from run.processes import Processes, RunState
 from run.settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
 from run.tokenizer import holds_tokenizer, load_tokenizer
-from run.weights import (all_checkpoints, damage, is_finite, latest_checkpoint, let_go, new_folder, part_of, read_tensors,
-                         step_of, verified, write_assets, write_manifest, write_tensors)
+from run.weights import (all_checkpoints, checksums, damage, drop_cache, header, is_finite, latest_checkpoint, let_go,
+                         new_folder, part_of, pieces, read_tensors, step_of, verified, write_assets, write_manifest, written)
 
 # Settings that a resumed run must keep, as it must its target_* and its tokens.
 FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
          "reference_loss", "start_sparsity", "relaxation", "init_scores", "freeze_weights")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP shards, gathered from every rank, which all must call this; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def own_rows(tensor: Tensor, own: bool) -> tuple[Tensor, int] | None:
+    """What this rank writes of a tensor, and from which of its bytes on: of a sharded one the rows that it keeps, which are
+    one range of bytes; of any other, which every rank has, all if it is its own.  None for nothing.
+    """
+    if not isinstance(tensor, DTensor):
+        return (tensor, 0) if own else None
+    assert tensor.placements == (Shard(0),), f"a tensor is sharded as {tensor.placements}, not by rows"
+    rows, mesh = tensor.to_local(), tensor.device_mesh
+    first = min(len(tensor), mesh.get_local_rank() * math.ceil(len(tensor) / mesh.size()))  # as torch.chunk cuts
+    return (rows, first * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize) if len(rows) else None
+
+
+def write_own(path: Path, tensors: dict[str, Tensor], ranges: dict[str, tuple[int, int]], processes: Processes,
+              look: Callable[[str, Tensor], None] | None) -> None:
+    """This rank's part of a safetensors file whose header is there, read back from the disk when all is written.
+
+    look(name, rows) sees it first, on the CPU.  Raises UserError.
+    """
+    own = [(name, *part) for name, tensor in tensors.items()
+           if (part := own_rows(tensor, owner(ranges[name], ranges, processes.world) == processes.rank))]
+    with written(path), path.open("r+b", buffering=0) as file:
+        handle = file.fileno()
+        for back in (False, True):
+            for name, rows, offset in own:
+                rows, at = rows.detach().to("cpu").contiguous(), ranges[name][0] + offset
+                if look is not None and not back:
+                    look(name, rows)
+                for piece in pieces(rows):
+                    if back:
+                        there = np.frombuffer(os.pread(handle, len(piece), at), np.uint8)
+                        check(np.array_equal(there, piece), f"{path}: {name} is not what was written a moment ago: the disk "
+                              "or the memory is faulty")
+                    else:
+                        put(handle, piece, at)
+                    at += len(piece)
+            os.fsync(handle)
+            drop_cache(handle)
+
+
+def put(handle: int, piece: np.ndarray, at: int) -> None:
+    """All of it: a disk that fills up takes a part first, and says so when asked again."""
+    while len(piece):
+        done = os.pwrite(handle, piece, at)
+        piece, at = piece[done:], at + done
+
+
+def owner(span: tuple[int, int], ranges: dict[str, tuple[int, int]], world: int) -> int:
+    """The rank that sees to a tensor's bytes as a whole: each has about as many, of tensors that follow each other."""
+    return min(world - 1, span[0] * world // max(end for _, end in ranges.values()))
 
 
 def parameter_names(model: nn.Module, masks: nn.Module | None = None) -> dict[str, nn.Parameter]:
@@ -49,58 +98,68 @@ def save_checkpoint(cfg: TrainSettings, state: RunState, processes: Processes, *
                     target=None) -> None:
     """Write out_dir/step_*, whole or not at all, then delete what keep_last and keep_every let go.
 
-    Every rank calls it and gets the same UserError; rank 0 writes.  optimizer.safetensors holds `<parameter>.<exp_avg |
-    exp_avg_sq | step>`; masks.safetensors the state of l0.L0, and target_config.json the shape that its counts lead to.
+    Every rank calls it and gets the same UserError.  Rank 0 writes what is small; of the tensors each rank writes what it
+    keeps, and no rank sends any.  optimizer.safetensors holds `<parameter>.<exp_avg | exp_avg_sq | step>`;
+    masks.safetensors the state of l0.L0, and target_config.json the shape that its counts lead to.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # an evaluation leaves the root's parameters gathered, which are not those of the optimizer
-    weights = dict(sorted(model.named_parameters()))
-    moments = dict(sorted((f"{name}.{key}", value) for name, p in parameter_names(model, masks).items()
-                          for key, value in optimizer.state[p].items()))
-    gathered = (whole(t) for t in [*weights.values(), *moments.values()])  # one by one, in one order on every rank
+    moments = {f"{name}.{key}": value for name, p in parameter_names(model, masks).items()
+               for key, value in optimizer.state[p].items()}
+    files = {"model.safetensors": dict(sorted(model.named_parameters())),
+             "optimizer.safetensors": dict(sorted(moments.items()))}
+    heads = {file: header(*({n: getattr(t, kind) for n, t in tensors.items()} for kind in ("shape", "dtype")))
+             for file, tensors in files.items()}
 
-    def next_weight(name: str) -> Tensor:
-        tensor = next(gathered)
-        check(is_finite(tensor), f"{name} holds NaN or infinite values, so step {state.step} is "
-              f"not saved; earlier checkpoints in {cfg.out_dir} stay")
-        return tensor
+    place = Path(cfg.out_dir) / f"step_{state.step:07d}"
 
-    def write() -> None:
-        try:
-            with new_folder(Path(cfg.out_dir) / f"step_{state.step:07d}") as folder:
-                digests = {}
-                for name, like, load in (("model.safetensors", weights, next_weight),
-                                         ("optimizer.safetensors", moments, lambda _: next(gathered))):
-                    shapes, dtypes = ({n: getattr(t, kind) for n, t in like.items()} for kind in ("shape", "dtype"))
-                    write_tensors(folder / name, shapes, dtypes, load, digest := hashlib.sha256())
-                    digests[name] = digest.hexdigest()
-                write_assets(folder, model_config, assets)
-                if masks is not None:
-                    save_file(masks.state_dict(), folder / "masks.safetensors")
-                    (folder / "target_config.json").write_text(target.to_json())
-                (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-                write_manifest(folder, digests)
-            delete_old(Path(cfg.out_dir), cfg.keep_last, cfg.keep_every)
-        finally:
-            for _ in gathered:  # the others have no end before the last one
-                pass
+    def finite(name: str, rows: Tensor) -> None:
+        check(is_finite(rows), f"{name} holds NaN or infinite values, so step {state.step} is not saved; earlier "
+              f"checkpoints in {cfg.out_dir} stay")
 
-    if processes.rank:
-        for tensor in gathered:
-            if tensor.is_cuda:  # or all gathers are queued at once, and the last one times out while rank 0 writes the first
-                torch.cuda.synchronize(tensor.device)
-    processes.on_main(write)
+    def begin() -> Path:
+        folder = stack.enter_context(new_folder(place))
+        with written(place):
+            for file, (start, ranges) in heads.items():
+                (folder / file).write_bytes(start)
+                os.truncate(folder / file, max(end for _, end in ranges.values()))
+            write_assets(folder, model_config, assets)
+            if masks is not None:
+                save_file(masks.state_dict(), folder / "masks.safetensors")
+                (folder / "target_config.json").write_text(target.to_json())
+            (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+        return folder
+
+    def write_all() -> None:
+        for file, tensors in files.items():
+            write_own(folder / file, tensors, heads[file][1], processes, finite if file == "model.safetensors" else None)
+
+    def own_checksums() -> dict[str, dict[str, str]]:
+        with written(place):
+            return {file: checksums(folder / file, {name: span for name, span in ({"": (0, len(start))} | ranges).items()
+                                                    if owner(span, ranges, processes.world) == processes.rank})
+                    for file, (start, ranges) in heads.items()}
+
+    def commit() -> None:
+        with written(place):
+            write_manifest(folder, {file: dict(pair for one in found for pair in one[file].items()) for file in files})
+        stack.close()
+        delete_old(Path(cfg.out_dir), cfg.keep_last, cfg.keep_every)
+
+    with ExitStack() as stack:  # of rank 0: the folder, until it is whole
+        folder = processes.on_main(begin)
+        processes.everywhere(write_all)
+        found = processes.everywhere(own_checksums)
+        processes.on_main(commit)
 
 
 def save_masks(out_dir: str | Path, masks: nn.Module, step: int) -> None:
     """out_dir/masks/step_*.safetensors: the parameters of l0.L0 alone, small enough to keep those of each evaluation."""
     path = Path(out_dir) / "masks" / f"step_{step:07d}.safetensors"
-    try:
+    with written(path):
         path.parent.mkdir(exist_ok=True)
         save_file(masks.state_dict(), path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def newest_whole(out_dir: Path) -> Path | None:

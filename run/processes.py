@@ -73,6 +73,22 @@ class Processes:
             raise error
         return result
 
+    def everywhere(self, work: Callable, *args) -> list:
+        """What work(*args) returns on each rank, by rank, on every rank; and so is the first one's UserError."""
+        result, error = None, None
+        try:
+            result = work(*args)
+        except UserError as e:
+            error = e
+        found = [(result, error)]
+        if self.world > 1:
+            found = [None] * self.world
+            dist.all_gather_object(found, (result, error), group=self.cpus)
+        for _, error in found:
+            if error is not None:
+                raise error
+        return [result for result, _ in found]
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
@@ -116,7 +132,7 @@ def start_processes(settings: TrainSettings) -> Processes:
     if world > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
                                 timeout=timedelta(minutes=settings.timeout_minutes))
-        cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # the others wait while rank 0 writes a checkpoint
+        cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # the others wait while rank 0 checks one
     return Processes(rank, world, device, dtype, cpus)
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -52,11 +53,16 @@ def sha256(path: Path) -> str:
     """Of a file's bytes as the disk has them, not the page cache, where the system can be asked for that."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_cache(file.fileno())
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def drop_cache(handle: int) -> None:
+    """Have a file's next reads come from the disk, where the system can be asked for that."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -128,30 +134,35 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
-def write_tensors(path: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],
-                  load: Callable[[str], Tensor], digest=None) -> None:
-    """A safetensors file of load(name) for each name, one tensor in memory at a time, where save_file wants all at once.
+def header(shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a safetensors file begins with, and from where to where in the file each tensor's bytes lie.
 
-    The format is a length, a JSON header and the bytes (https://github.com/huggingface/safetensors#format).  digest: of
-    hashlib, fed with all that is written, to hold against what the disk gives back.
+    The format is a length, a JSON header and the bytes (https://github.com/huggingface/safetensors#format).
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtypes[name].itemsize
-        header[name] = {"dtype": DTYPE_CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+        entries[name] = {"dtype": DTYPE_CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers lie aligned
-    start = struct.pack("<Q", len(text)) + text
-    if digest is not None:
-        digest.update(start)
+    begin = struct.pack("<Q", len(text)) + text
+    return begin, {n: tuple(len(begin) + at for at in entries[n]["data_offsets"]) for n in shapes}
+
+
+def pieces(tensor: Tensor) -> Iterator[np.ndarray]:
+    """The bytes of a contiguous tensor of the CPU, WRITE_BYTES at a time."""
+    for part in tensor.flatten().view(torch.uint8).split(WRITE_BYTES):
+        yield part.numpy()
+
+
+def write_tensors(path: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],
+                  load: Callable[[str], Tensor]) -> None:
+    """A safetensors file of load(name) for each name, one tensor in memory at a time, where save_file wants all at once."""
     with path.open("wb") as file:
-        file.write(start)
+        file.write(header(shapes, dtypes)[0])
         for name in shapes:
-            tensor = load(name).detach().to("cpu", dtypes[name]).contiguous()
-            for part in tensor.flatten().view(torch.uint8).split(WRITE_BYTES):
-                file.write(part.numpy())
-                if digest is not None:
-                    digest.update(part.numpy())
+            for piece in pieces(load(name).detach().to("cpu", dtypes[name]).contiguous()):
+                file.write(piece)
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -160,6 +171,15 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextmanager
@@ -172,15 +192,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     check(not path.exists(), f"{path} exists already; remove it or choose another name")
     temporary = path.with_name(path.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for each in [*temporary.rglob("*"), temporary]:
-            fsync(each)
-        os.rename(temporary, path)
-        fsync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        with written(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for each in [*temporary.rglob("*"), temporary]:
+                fsync(each)
+            os.rename(temporary, path)
+            fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -236,19 +255,43 @@ def latest_checkpoint(out_dir: str | Path) -> Path | None:
     return next(reversed(all_checkpoints(out_dir)), None)
 
 
-def write_manifest(folder: Path, digests: dict[str, str]) -> None:
-    """manifest.json: size and SHA-256 of every file in it.  digests: of files whose bytes were hashed as they were written.
+def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """From where to where in a safetensors file each tensor's bytes lie, and its header's as "".  Raises ValueError."""
+    with path.open("rb") as file:
+        length, = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if length > path.stat().st_size:
+            raise ValueError("no header")
+        entries = json.loads(file.read(length))
+    at = {n: [8 + length + x for x in e["data_offsets"]] for n, e in entries.items() if n != "__metadata__"}
+    return {"": (0, 8 + length)} | {name: (start, end) for name, (start, end) in at.items()}
 
-    Raises UserError unless the disk gives back the same.
+
+def checksums(path: Path, ranges: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """SHA-256 of each of these ranges of a file, as `sha256` reads it; in threads, which hash side by side."""
+    with path.open("rb", buffering=0) as file:
+        drop_cache(file.fileno())
+
+        def digest(span: tuple[int, int]) -> str:
+            found, (at, end) = hashlib.sha256(), span
+            while block := os.pread(file.fileno(), min(1 << 22, end - at), at):
+                found.update(block)
+                at += len(block)
+            return found.hexdigest()
+
+        with ThreadPoolExecutor(4) as pool:
+            return dict(zip(ranges, pool.map(digest, ranges.values())))
+
+
+def write_manifest(folder: Path, tensors: dict[str, dict[str, str]]) -> None:
+    """manifest.json: size and SHA-256 of every file in it.  tensors: of a safetensors file `checksums` of its header, named
+    "", and of each tensor, instead of the file's, which several processes could not find together.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256(path)}
-        fsync(path)
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
-    wrong = damage(folder)
-    check(wrong == "", f"{folder}: {wrong}, right after it was written: the disk or the memory is faulty")
+        found = {"tensors": dict(sorted(tensors[name].items()))} if name in tensors else {"sha256": sha256(path)}
+        files[name] = {"bytes": path.stat().st_size} | found
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "files": files}, indent=1) + "\n")
 
 
 def damage(folder: Path, *, unread: tuple[str, ...] = ()) -> str:
@@ -261,11 +304,21 @@ def damage(folder: Path, *, unread: tuple[str, ...] = ()) -> str:
         for name, want in files.items():
             if name in unread:
                 continue
-            size = (folder / name).stat().st_size
-            if size != want["bytes"]:
+            path, differs = folder / name, f"{name} differs from its checksum in manifest.json"
+            if (size := path.stat().st_size) != want["bytes"]:
                 return f"{name} has {size} bytes, not the {want['bytes']} of manifest.json"
-            if sha256(folder / name) != want["sha256"]:
-                return f"{name} differs from its checksum in manifest.json"
+            if "tensors" not in want:  # a small file, or of a checkpoint written before tensors had checksums of their own
+                if sha256(path) != want["sha256"]:
+                    return differs
+                continue
+            try:
+                ranges = tensor_ranges(path)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return differs
+            if ranges.keys() != want["tensors"].keys():
+                return differs
+            if wrong := [n for n, found in checksums(path, ranges).items() if found != want["tensors"][n]]:
+                return f"{differs} ({wrong[0] or 'header'})"
         return ""
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
