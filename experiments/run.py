@@ -1,0 +1,210 @@
+"""Run a matrix of cells, each a way from a source to a trained model of the target's shape, and keep what they end at.
+
+    python -m experiments.run demo                      # all cells of a ladder that are not in its results yet
+    python -m experiments.run small --only=learned      # those whose way is `learned`
+    python -m experiments.tables                        # the tables of docs/results.md from experiments/results/*.jsonl
+
+A cell is stages run one after the other as a user would: choose units (tools.importance, prune.py, or nothing), compact.py,
+pretrain.py.  One that was cut off goes on where it was.  Its line in experiments/results/LADDER.jsonl holds its settings,
+the held-out loss by domain after the cut and at the end, and what it cost.  Weights stay in out/experiments.
+
+Equal compute: what choosing units cost (calibration a third of a training step: forward only; gradients of masks two
+thirds as weights get none; masked steps with weights whole; all at the source's operations a token) is taken from the
+tokens that the cut model trains on, so that every cell of a ladder ends after the same number of operations.
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import ModelConfig
+from run.settings import UserError, check, run_stage
+from run.weights import latest_checkpoint, read_model_config
+from tools import demo
+
+RESULTS = Path("experiments/results")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A source, a target, and what all cells share."""
+
+    target: dict[str, int]  # target_* of prune.py
+    seq_len: int
+    batch: int  # sequences a step of the cut model
+    budget: int  # steps of the cut model that every cell may spend, choosing included
+    learning_rate: float
+    ways: tuple[str, ...]
+    seeds: tuple[int, ...] = (1, 2, 3)
+    calibration: int = 128  # sequences of a score
+    mask_steps: int = 40  # of `learned`
+    mask_batch: int = 8  # sequences of such a step
+    masked_steps: int = 0  # of `sampled`, the released recipe: weights and masks together, of `batch` sequences
+    source_steps: int = 0  # of pretrain.py, for the source's own training; 0: it is there
+    source_shape: dict | None = None
+    bytes_a_domain: int = 2_500_000
+    eval_sequences: int = 100
+
+
+SMALL_SHAPE = {"vocab_size": 2048, "hidden_size": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 3, "head_dim": 32,
+               "intermediate_size": 512, "context_length": 256, "tie_embeddings": True}
+WAYS = ("learned", "learned_from_activation", "gradient", "activation", "magnitude", "random", "scratch", "sampled")
+HALF = {"target_hidden_size": 128, "target_n_layers": 4, "target_n_heads": 4, "target_n_kv_heads": 2,
+        "target_intermediate_size": 320}
+LADDERS = {
+    # the demo's own source, far from converged, and its data: after `make demo`
+    "demo": Ladder(target=HALF, seq_len=128, batch=16, budget=500, learning_rate=2e-3, ways=WAYS, masked_steps=100),
+    # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens
+    "small": Ladder(target=HALF | {"target_n_layers": 5}, seq_len=128, batch=16, budget=1000, learning_rate=2e-3, ways=WAYS,
+                    masked_steps=200, source_steps=2500, source_shape=SMALL_SHAPE,
+                    bytes_a_domain=6_000_000),
+    # real weights: half of SmolLM2-135M's parameters without the embedding
+    "smollm2": Ladder(target={"target_hidden_size": 448, "target_n_layers": 26, "target_n_heads": 6, "target_n_kv_heads": 2,
+                              "target_intermediate_size": 1152}, seq_len=256, batch=4, budget=400, learning_rate=3e-4,
+                      ways=WAYS, masked_steps=100, calibration=64, bytes_a_domain=6_000_000, eval_sequences=16),
+}
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    ladder: str  # demo, small or smollm2
+    only: str = ""  # ways to run, with commas between; "": all of the ladder
+    seeds: str = ""  # seeds to run, with commas between; "": all of the ladder
+    out: str = "out/experiments"  # folder of sources, data and runs
+
+
+def stage(*args: str) -> None:
+    """Run a stage in a process of its own.  Raises UserError if it fails."""
+    print("$ python " + " ".join(args), flush=True)
+    status = subprocess.run([sys.executable, *args], stdout=subprocess.DEVNULL).returncode
+    check(status == 0, f"{' '.join(args[:2])} ended with status {status}")
+
+
+def flags(**values) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
+    """Text, tokens and the source of a ladder, each made if it is not there: (data folder, model folder)."""
+    raw, data, source = out / "raw", out / "data", out / "source"
+    if out.name == "demo":
+        source = latest_checkpoint(demo.OUT / "source")
+        check(source is not None, f"{demo.OUT}/source has no checkpoint: run `make demo` first")
+        return demo.OUT / "data", source
+    if not raw.exists():
+        demo.BYTES_PER_DOMAIN = ladder.bytes_a_domain
+        demo.gather(raw.with_suffix(".tmp"))
+        raw.with_suffix(".tmp").rename(raw)
+    fractions = flags(eval_fraction=0.04, prune_fraction=0.12)
+    if ladder.source_shape is None:
+        check(source.is_dir(), f"{source} does not exist: run configs/smollm2.sh and copy its source there")
+        if not data.exists():
+            stage("prepare.py", *flags(input_dir=raw, out_dir=data, tokenizer=source / "assets"), *fractions)
+        return data, source
+    if not data.exists():
+        stage("prepare.py", *flags(input_dir=raw, out_dir=data, train_tokenizer=2048), *fractions)
+    if latest_checkpoint(source) is None or latest_checkpoint(source).name != f"step_{ladder.source_steps:07d}":
+        stage("pretrain.py", *flags(data_dir=data, out_dir=source, update="constant", shape=ladder.source_shape,
+                                    seq_len=ladder.seq_len, global_batch_size=16, micro_batch_size=16,
+                                    max_steps=ladder.source_steps, learning_rate=3e-3, warmup_steps=100, min_lr_ratio=0.02,
+                                    eval_interval=250, eval_sequences=ladder.eval_sequences, save_interval=250, keep_last=1),
+              "--resume")
+    return data, latest_checkpoint(source)
+
+
+def choose(ladder: Ladder, way: str, seed: int, data: Path, source: Path, out: Path) -> tuple[Path | None, float]:
+    """Masks by one way: (folder for compact.py, or None for none; tokens of whole source steps that this cost)."""
+    shared = flags(data_dir=data, init_from=source, split="prune", seq_len=ladder.seq_len, seed=seed, **ladder.target)
+    calibrated = ladder.calibration * ladder.seq_len
+    masked = flags(eval_interval=10**6, eval_sequences=1, save_interval=50, keep_last=1)
+
+    def score(kind: str) -> Path:
+        folder = out / kind
+        if not folder.exists():
+            stage("-m", "tools.importance", *shared, *flags(out_dir=folder, score=kind, micro_batch_size=ladder.mask_batch,
+                                                           calibration_sequences=ladder.calibration))
+        return folder
+
+    if way == "scratch":
+        return None, 0.0
+    if way in ("magnitude", "random"):
+        return score(way), 0.0
+    if way == "activation":
+        return score(way), calibrated / 3
+    if way == "gradient":
+        return score(way), calibrated * 2 / 3
+    if way == "sampled":
+        stage("prune.py", *shared, *masked, *flags(
+            out_dir=out / "masks", max_steps=ladder.masked_steps, lagrangian_warmup_steps=ladder.masked_steps * 2 // 5,
+            global_batch_size=ladder.batch, micro_batch_size=ladder.batch // 2, learning_rate=ladder.learning_rate,
+            warmup_steps=ladder.masked_steps // 10), "--resume")
+        return out / "masks", ladder.masked_steps * ladder.batch * ladder.seq_len
+    start = score("activation" if way == "learned_from_activation" else "gradient")
+    stage("prune.py", *shared, *masked, *flags(
+        out_dir=out / "masks", relaxation="topk", init_scores=start, mask_learning_rate=0.1, max_steps=ladder.mask_steps,
+        lagrangian_warmup_steps=ladder.mask_steps // 2, warmup_steps=0, global_batch_size=ladder.mask_batch,
+        micro_batch_size=ladder.mask_batch), "--freeze_weights", "--resume")
+    spent = ladder.mask_steps * ladder.mask_batch * ladder.seq_len
+    return out / "masks", (spent * 2 + calibrated * (1 if way == "learned_from_activation" else 2)) / 3
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's evaluations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval_loss" in line]
+
+
+def run_cell(ladder: Ladder, name: str, way: str, seed: int, data: Path, source: Path, out: Path) -> dict:
+    """One cell, from its choice of units to the end of its training: its line of results."""
+    masks, spent = choose(ladder, way, seed, data, source, out)
+    shape = read_model_config(source, ModelConfig)
+    target = dataclasses.replace(shape, **{k.removeprefix("target_"): v for k, v in ladder.target.items()})
+    ratio = shape.train_flops_per_token(ladder.seq_len) / target.train_flops_per_token(ladder.seq_len)
+    steps = ladder.budget - round(spent * ratio / (ladder.batch * ladder.seq_len))
+    if masks is not None and not (out / "cut").exists():
+        stage("compact.py", *flags(checkpoint=masks, out_dir=out / "cut"))
+    start = {"init_from": out / "cut"} if masks is not None else {"shape": dataclasses.asdict(target)}
+    rate = ladder.learning_rate * (2 if masks is None else 1)  # fresh weights bear more
+    stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", update="constant", seq_len=ladder.seq_len, seed=seed,
+                                global_batch_size=ladder.batch, micro_batch_size=ladder.batch, max_steps=steps,
+                                learning_rate=rate, warmup_steps=max(1, steps // 25), eval_interval=max(1, steps // 4),
+                                eval_sequences=ladder.eval_sequences, save_interval=100, keep_last=1, **start), "--resume")
+    first, last = evaluations(out / "train")[0], evaluations(out / "train")[-1]
+    domains = {k.removeprefix("eval_loss/"): v for k, v in last.items() if k.startswith("eval_loss/")}
+    return {"ladder": name, "way": way, "seed": seed, "steps": steps, "spent_source_tokens": round(spent),
+            "tokens": steps * ladder.batch * ladder.seq_len, "params": target.n_params(),
+            "first_loss": first["eval_loss"], "loss": last["eval_loss"], "domains": domains,
+            "at_quarters": [line["eval_loss"] for line in evaluations(out / "train")]}
+
+
+def main(cfg: ExperimentSettings) -> None:
+    check(cfg.ladder in LADDERS, f"ladder = {cfg.ladder!r} is not one of {', '.join(LADDERS)}")
+    ladder, results = LADDERS[cfg.ladder], RESULTS / f"{cfg.ladder}.jsonl"
+    ways = tuple(cfg.only.split(",")) if cfg.only else ladder.ways
+    check(set(ways) <= set(ladder.ways), f"only = {cfg.only}: the ways are {', '.join(ladder.ways)}")
+    try:
+        seeds = tuple(int(s) for s in cfg.seeds.split(",")) if cfg.seeds else ladder.seeds
+    except ValueError:
+        raise UserError(f"seeds = {cfg.seeds!r} is not whole numbers with commas between") from None
+    out = Path(cfg.out) / cfg.ladder
+    out.mkdir(parents=True, exist_ok=True)
+    data, source = prepare(ladder, out)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        for way in ways:
+            lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+            if any((line["way"], line["seed"]) == (way, seed) for line in lines):
+                continue
+            line = run_cell(ladder, cfg.ladder, way, seed, data, source, out / f"{way}_{seed}")
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{way}, seed {seed}: {line['loss']:.4f} after {line['steps']} steps", flush=True)
+            shutil.rmtree(out / f"{way}_{seed}")
+
+
+if __name__ == "__main__":
+    run_stage(main, ExperimentSettings)
