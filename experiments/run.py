@@ -1,7 +1,7 @@
 """Run a matrix of cells, each a way from a source to a trained model of the target's shape, and keep what they end at.
 
-    python -m experiments.run demo                      # all cells of a ladder that are not in its results yet
-    python -m experiments.run small --only=learned      # those whose way is `learned`
+    python -m experiments.run --ladder=demo                      # all cells of a ladder that are not in its results yet
+    python -m experiments.run --ladder=small --only=learned      # those whose way is `learned`
     python -m experiments.tables                        # the tables of docs/results.md from experiments/results/*.jsonl
 
 A cell is stages run one after the other as a user would: choose units (tools.importance, prune.py, or nothing), compact.py,
