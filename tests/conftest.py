@@ -56,6 +56,46 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], config, assets: 
     write_assets(folder, config, assets)
 
 
+def write_gguf(path: Path, model: torch.nn.Module, *, rope_freqs: torch.Tensor | None = None, n_parts: int = 1,
+               **changes) -> None:
+    """A GGUF file as llama.cpp's converter writes it: rows of Q and K permuted within each head; no tokenizer."""
+    import gguf
+
+    from tools import gguf_to_hf
+
+    cfg, writer = model.config, gguf.GGUFWriter(path, "llama")
+    meta = {"embedding_length": cfg.hidden_size, "block_count": cfg.num_hidden_layers, "vocab_size": cfg.vocab_size,
+            "attention.head_count": cfg.num_attention_heads, "attention.head_count_kv": cfg.num_key_value_heads,
+            "feed_forward_length": cfg.intermediate_size, "context_length": cfg.max_position_embeddings,
+            "attention.key_length": cfg.head_dim, "attention.value_length": cfg.head_dim, **changes}
+    for name, value in meta.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{name}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", cfg.rms_norm_eps)
+    writer.add_float32("llama.rope.freq_base", cfg.rope_parameters["rope_theta"])
+    top = {ours: theirs for theirs, ours in gguf_to_hf.TOP.items()}
+    parts = {ours: theirs for theirs, ours in gguf_to_hf.LAYER.items()}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and cfg.tie_word_embeddings:
+            continue
+        if name in top:
+            writer.add_tensor(top[name], tensor.numpy())
+            continue
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        part, _, kind = rest.rpartition(".")
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads = cfg.num_attention_heads if "q_proj" in part else cfg.num_key_value_heads
+            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"blk.{layer}.{parts[part]}.{kind}", tensor.contiguous().numpy())
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs.numpy())
+    if n_parts > 1:
+        writer.add_uint16("split.count", n_parts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def random_tokens(cfg: ModelConfig, B: int = 2, T: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randint(cfg.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
@@ -158,7 +198,7 @@ def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess
 NEEDED = ["--data_dir=data", "--init_from=source"]  # settings of prune.py that have no default, but out_dir
 SETTINGS = {"prepare": "PrepareSettings", "convert": "ConvertSettings", "prune": "PruneSettings",
             "compact": "CompactSettings", "pretrain": "PretrainSettings", "sample": "SampleSettings",
-            "reference_loss": "ReferenceSettings", "plot": "PlotSettings"}
+            "reference_loss": "ReferenceSettings", "plot": "PlotSettings", "gguf_to_hf": "GgufSettings"}
 
 
 def module_of(stage: str):

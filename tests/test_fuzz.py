@@ -34,6 +34,7 @@ from run import settings, weights
 from run.checkpoint import read_state
 from run.settings import UserError, parse_args
 from run.weights import load_weights, read_model_config
+from tools import gguf_to_hf
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 2))
 HANG, MEMORY = 20, 1000  # seconds for one input; MB that the process may grow by
@@ -225,6 +226,18 @@ def run_convert(tmp_path: Path, **given) -> None:
         raise
 
 
+def run_gguf(tmp_path: Path) -> None:
+    """The file becomes a Hugging Face folder, and that one of ours."""
+    for folder in ("unpacked", "out"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    try:
+        gguf_to_hf.main(gguf_to_hf.GgufSettings(gguf=str(tmp_path / "a.gguf"), out_dir=str(tmp_path / "unpacked")))
+    except UserError:
+        assert not (tmp_path / "unpacked").exists()
+        raise
+    run_convert(tmp_path, from_hf=str(tmp_path / "unpacked"))
+
+
 def hugging_face(tmp_path: Path, name: str) -> Reader:
     """A folder as transformers writes it, in two shards."""
     source = tmp_path / "hf"
@@ -242,7 +255,8 @@ def to_hugging_face(tmp_path: Path) -> Reader:
 
 def gguf_file(tmp_path: Path) -> Reader:
     import gguf
-    from test_convert import FAMILIES, SMALL, write_gguf
+    from conftest import write_gguf
+    from test_convert import FAMILIES, SMALL
 
     model_class, config_class, changes = FAMILIES["grouped"]
     model = model_class(config_class(**{**SMALL, **changes, "num_hidden_layers": 1, "vocab_size": 260, "hidden_size": 16}))
@@ -263,7 +277,7 @@ def gguf_file(tmp_path: Path) -> Reader:
         write_gguf(tmp_path / "a.gguf", model)
     finally:
         gguf.GGUFWriter.write_header_to_file = add
-    return file_reader(tmp_path / "a.gguf", lambda: run_convert(tmp_path, from_gguf=str(tmp_path / "a.gguf")))
+    return file_reader(tmp_path / "a.gguf", lambda: run_gguf(tmp_path))
 
 
 READERS = {

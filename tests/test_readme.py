@@ -17,12 +17,13 @@ import prepare
 import pretrain
 import prune
 from run.settings import parse_args
-from tools import bench, reference_loss, sample, scaling
+from tools import bench, gguf_to_hf, importance, reference_loss, sample, scaling
 
 README = Path("README.md").read_text(encoding="utf-8")
 DOCS = README + "".join(p.read_text(encoding="utf-8") for p in sorted(Path("docs").glob("*.md")))
 SETTINGS = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSettings, "compact.py": compact.CompactSettings,
             "convert.py": convert.ConvertSettings, "prepare.py": prepare.PrepareSettings,
+            "-m tools.gguf_to_hf": gguf_to_hf.GgufSettings, "-m tools.importance": importance.ImportanceSettings,
             "-m tools.sample": sample.SampleSettings, "-m tools.reference_loss": reference_loss.ReferenceSettings,
             "-m tools.bench": bench.BenchSettings, "-m tools.scaling": scaling.ScalingSettings}
 COMMANDS = [c for c in re.findall(r"(?:python|torchrun [^\n`]*?) ?((?:-m tools\.\w+|\w+\.py) [^\n`]*)",
