@@ -335,7 +335,8 @@ def test_a_process_of_its_own_says_no_more(place):
 
 NO_PATHS = {"split", "text_field", "shard", "steps", "against", "prompt",  # settings that are text, but name no file
             "runs"}  # bare arguments: the shell expands them
-REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk"], "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
+REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk"],
+            "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
             "convert": ["--out_dir=o"], "prepare": ["--input_dir=i", "--out_dir=o", "--tokenizer=t"],
             "compact": ["--checkpoint=c", "--out_dir=o"], "sample": ["--model_dir=m"],
             "reference_loss": ["--losses=l", "--n_params=9"], "plot": ["r"], "gguf_to_hf": ["--gguf=g", "--out_dir=o"]}
