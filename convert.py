@@ -28,8 +28,8 @@ from model import ModelConfig, Transformer, parameter_shapes
 from run.hf_tokenizer import TEXTS, auto_differences, code_files, export_tokenizer
 from run.settings import FilePath, UserError, check, read_json, require, run_stage
 from run.tokenizer import holds_tokenizer, load_tokenizer
-from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, one_thread, read_model_config,
-                         read_tensor, verified, write_tensors)
+from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, no_safetensors, one_thread,
+                         read_model_config, read_tensor, verified, write_tensors)
 
 # What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -77,7 +77,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
                     dtypes.add(DTYPES[code])
                     loaders[name] = functools.partial(read_tensor, path, name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+            raise no_safetensors(path, error) from None
     if left_out:
         print(f"left out {left_out} rotary_emb.inv_freq buffers: they follow from the config")
     return loaders, functools.reduce(torch.promote_types, dtypes, torch.bool)  # bool gives way to any

@@ -37,6 +37,7 @@ class Split:
     vocab_size: int
     tokenizer: str  # fingerprint
     checksums: tuple[tuple[Path, str], ...] = ()  # of each file: SHA-256 by its index
+    max_token: int = -1  # the largest id in it, -1 if it is empty
 
     @property
     def n_windows(self) -> int:
@@ -65,6 +66,9 @@ def read_index(path: Path) -> dict:
     if index["format"] != 1 or index["dtype"] not in ("uint16", "uint32") or least < 0:
         raise ValueError(f"{path}: format {index['format']}, dtype {index['dtype']}, n_tokens {index['n_tokens']}, "
                          f"vocab_size {index['vocab_size']}: expected 1, uint16 or uint32, not negative, above 0")
+    index.setdefault("max_token", index["vocab_size"] - 1)  # before it was recorded: what the tokenizer could give
+    if type(index["max_token"]) is not int or not -1 <= index["max_token"] < index["vocab_size"]:
+        raise ValueError(f"{path}: max_token {index['max_token']} is not below vocab_size {index['vocab_size']}")
     return index
 
 
@@ -105,7 +109,8 @@ def open_split(data_dir: str | Path, domain: str, split: str, seq_len: int) -> S
     windows = [max(0, (len(p) - 1) // seq_len) for p in parts]
     return Split(domain, split, seq_len, tuple(parts), np.cumsum([0, *windows], dtype=np.int64),
                  indexes[0]["vocab_size"], indexes[0]["tokenizer"],
-                 tuple((path.with_suffix(".bin"), index["sha256"]) for path, index in zip(paths, indexes)))
+                 tuple((path.with_suffix(".bin"), index["sha256"]) for path, index in zip(paths, indexes)),
+                 max(index["max_token"] for index in indexes))
 
 
 def open_domains(data_dir: str | Path, domains: list[str], split: str, seq_len: int) -> list[Split]:
@@ -160,11 +165,13 @@ def open_run_data(data_dir: str | Path, domains: list[str], *, split: str, seq_l
     domains = domains or sorted(p.name for p in data_dir.glob("*") if any(p.glob(f"{split}*.json")))
     if not domains:
         raise ValueError(f"data_dir = {data_dir} holds no domain with a {split} split; run prepare.py")
-    train = open_domains(data_dir, domains, split, seq_len)
-    if train[0].vocab_size > vocab_size:
-        raise ValueError(f"{data_dir} was made with a tokenizer of {train[0].vocab_size} tokens, but the model knows "
-                         f"{vocab_size}; prepare the text with the model's tokenizer")
-    return RunData(train, open_domains(data_dir, domains, "eval", seq_len), data_dir / "tokenizer")
+    train, held_out = (open_domains(data_dir, domains, s, seq_len) for s in (split, "eval"))
+    for s in (*train, *held_out):
+        if s.max_token >= vocab_size:
+            raise ValueError(f"{data_dir}/{s.domain} has token {s.max_token} in its {s.split} split (a tokenizer of "
+                             f"{s.vocab_size} tokens made it), but the model knows {vocab_size}; prepare the text with the "
+                             "model's tokenizer")
+    return RunData(train, held_out, data_dir / "tokenizer")
 
 
 # ---- the sampler

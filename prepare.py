@@ -4,58 +4,61 @@
     python prepare.py --input_dir=raw --out_dir=data --train_tokenizer=2048
     python prepare.py --input_dir=raw --out_dir=data --tokenizer=... --shard=3/16     # on node 3 of 16
 
-input_dir/<domain>/ holds, at any depth, .jsonl, .jsonl.gz or .jsonl.zst with a text field, .parquet with a text column, or
-.txt, one document a file.  out_dir/<domain>/<split>.bin holds each document as BOS + tokens + EOS, uint16 if the vocabulary
-allows, else uint32; <split>.json says so.  A document goes to eval, prune or train by a hash of its content, so splits are
-disjoint, stay as they are when files are added, and exact duplicates never straddle them.
+input_dir/<domain>/ holds text, at any depth, in the formats of run/documents.py; or each record names its own domain
+(--domain_field).  docs/data.md has the flags for the known corpora.  out_dir/<domain>/<split>.bin holds each document as
+BOS + tokens + EOS, uint16 if the vocabulary allows, else uint32; <split>.json says so.  A document goes to eval, prune or
+train by a hash of its content, so splits are disjoint, stay as they are when files are added, and exact duplicates never
+straddle them.
 
 Killed at any moment and started again with the same settings, it goes on where it was, to the same bytes; so it does on any
-number of cores.  Memory stays at a few batches of a megabyte.
+number of cores.  Memory stays at a few batches of a megabyte.  A domain can be added to out_dir later.  Nothing is left out
+without a word: the last lines say what was, and a file that cannot be read to its end stops the run.
 """
 
-import gzip
 import hashlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import re
-import shutil
 import threading
 import time
-import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from run.documents import LeftOut, Omitted, Source, find_sources, read_documents, refusal, say_passed_over
 from run.settings import FilePath, UserError, check, read_json, require, run_stage
-from run.tokenizer import Tokenizer, load_tokenizer
+from run.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from run.work import check_new, check_same_work, model_vocabulary, write_json
 
 SPLITS = ("eval", "prune", "train")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 BATCH_BYTES = 1_000_000  # of text a task of a worker
 SAVE_SECONDS = 10.0  # between two records of progress
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    input_dir: FilePath  # raw text, one folder a domain
+    input_dir: FilePath  # raw text, one folder a domain; also a URL that fsspec knows, as s3:// or hf://datasets/
     out_dir: FilePath  # where the tokens go
     tokenizer: FilePath = ""  # .model, tokenizer.json, tekken.json, a folder with one, or a tiktoken name
     train_tokenizer: int = 0  # instead: train a SentencePiece BPE model of so many pieces on the corpus
     train_mb: float = 10.0  # MB of text that it is trained on, of each domain
-    text_field: str = "text"  # field of a .jsonl line, column of a .parquet file
+    text_field: str | dict[str, str] = "text"  # field of a record or column, "a.b" for b in a; a dict: by domain
+    domain_field: str = ""  # field of a record that names its domain, instead of its folder
+    domains: dict[str, str] | None = None  # {folder, path pattern or value of domain_field: name}; None: all by their own
+    model_dir: FilePath = ""  # model folder, ours or Hugging Face's, that the token ids must suit; "": not checked here
     eval_fraction: float = 0.01  # share of documents held out for evaluation
     prune_fraction: float = 0.05  # share of documents for prune.py; the rest is for pretrain.py
-    max_bad_lines: int = 100  # malformed lines or files skipped before the run stops
+    max_bad_lines: int = 100  # malformed records of a domain left out before the run stops
+    skip_bad_files: bool = False  # leave out files, or the rest of files, that cannot be read, instead of stopping
     workers: int = os.cpu_count() or 1  # processes that tokenize
     shard: str = ""  # "i/n": do the i-th of n parts of each domain's files, i from 0
 
@@ -74,6 +77,8 @@ class PrepareSettings:
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         require(self.shard == "" or (found is not None and int(found[1]) < int(found[2]) <= 99_999),
                 f"shard = {self.shard!r} is not i/n with i from 0 to n - 1")
+        require(not (self.shard and self.domain_field) or self.domains is not None, "shard and domain_field need domains: "
+                "each shard must write the same ones, whatever is in its files")
         require(not (self.shard and self.train_tokenizer), "train_tokenizer reads all text, shard a part: train first, on "
                 "one machine, then give each shard that tokenizer")
 
@@ -85,104 +90,22 @@ class PrepareSettings:
 # ---- reading
 
 
-@dataclass(frozen=True)
-class BadLine:
-    where: str  # file:line
-    why: str
-
-
-def find_domains(cfg: PrepareSettings) -> dict[str, list[Path]]:
-    """The files of each domain, all shards', in an order that does not depend on the file system.  Raises UserError."""
-    root = Path(cfg.input_dir)
-    check(root.is_dir(), f"input_dir = {root} is no folder")
-    domains = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        paths = [p for p in folder.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
-        check(bool(paths), f"domain {folder.name}: {folder} holds no {', '.join(SUFFIXES)} file; add text or remove it")
-        check(re.fullmatch(r"[\w.-]+", folder.name) is not None and folder.name != "tokenizer", f"domain folder "
-              f'{folder.name!r}: name it with letters, digits, ".", "_" and "-", and not "tokenizer"')
-        domains[folder.name] = sorted(paths, key=lambda p: p.relative_to(root).as_posix())
-    check(bool(domains), f"input_dir = {root} holds no folder; make one a domain")
-    return domains
-
-
-def read_documents(path: Path, text_field: str) -> Iterator[str | BadLine]:
-    """The documents of one file, and what could not be read as one, in order."""
-    try:
-        if path.name.endswith(".txt"):
-            yield path.read_bytes().decode("utf-8")
-        elif path.name.endswith(".parquet"):
-            yield from read_parquet(path, text_field)
-        else:
-            yield from read_lines(path, text_field)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # a truncated or damaged file ends here
-        yield BadLine(str(path), str(error))
-
-
-def checked(text: object, where: str, why: str) -> str | BadLine:
-    """A document, unless it is no string or holds a lone surrogate (JSON's "\\ud800"), which is no Unicode text."""
-    try:
-        return text if isinstance(text, str) and text.encode() is not None else BadLine(where, why)
-    except UnicodeEncodeError as error:
-        return BadLine(where, str(error))
-
-
-def read_lines(path: Path, text_field: str) -> Iterator[str | BadLine]:
-    with ExitStack() as stack:
-        file = stack.enter_context(gzip.open(path) if path.name.endswith(".gz") else path.open("rb"))
-        if path.name.endswith(".zst"):
-            try:
-                import zstandard
-            except ImportError:
-                raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
-            file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-            errors = (zstandard.ZstdError,)
-        else:
-            errors = ()
-        number = 0
-        try:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                    text = record[text_field] if isinstance(record, dict) else None
-                    yield checked(text, f"{path}:{number}", f"no text in field {text_field!r}")
-                except KeyError:
-                    yield BadLine(f"{path}:{number}", f"no field {text_field!r}")
-                except (ValueError, RecursionError) as error:
-                    yield BadLine(f"{path}:{number}", str(error))
-        except (OSError, EOFError, zlib.error, *errors) as error:
-            yield BadLine(f"{path}:{number + 1}", str(error))
-
-
-def read_parquet(path: Path, text_field: str) -> Iterator[str | BadLine]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path} needs the package pyarrow; pip install pyarrow") from None
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000, columns=[text_field]):
-            for text in batch.column(0).to_pylist() if batch.num_columns else [None] * batch.num_rows:
-                yield checked(text, str(path), f"no text in column {text_field!r}")
-    except pyarrow.ArrowException as error:
-        yield BadLine(str(path), str(error))
-
-
-def read_batches(paths: list[Path], cfg: PrepareSettings, bad: list[BadLine]) -> Iterator[list[str]]:
-    """Documents that are not empty, in batches of about BATCH_BYTES.  Bad lines go to `bad`; too many raise UserError."""
-    batch, size = [], 0
-    for document in itertools.chain.from_iterable(read_documents(p, cfg.text_field) for p in paths):
-        if isinstance(document, BadLine):
-            bad.append(document)
-            if len(bad) <= 5:
-                tqdm.write(f"skipped {document.where}: {document.why}")
-            check(len(bad) <= cfg.max_bad_lines, f"{document.where}: {document.why}; more than max_bad_lines = "
-                  f"{cfg.max_bad_lines} lines are malformed")
-        elif document:
-            batch.append(document)
-            size += len(document)
-            if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
+def read_batches(source: Source, cfg: PrepareSettings, omitted: Omitted) -> Iterator[dict[str, list[str]]]:
+    """Documents that are not empty, by domain, in batches of about BATCH_BYTES.  Raises UserError."""
+    batch, size = {}, 0
+    for found in itertools.chain.from_iterable(read_documents(file, source) for file in source.files):
+        if isinstance(found, LeftOut):
+            omitted.add(found, max_bad_lines=cfg.max_bad_lines, skip_bad_files=cfg.skip_bad_files)
+            continue
+        domain, text = found
+        if not text:
+            omitted.count["empty documents"] += 1
+            continue
+        batch.setdefault(domain, []).append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
     if batch:
         yield batch
 
@@ -203,6 +126,7 @@ class Piece:
     tokens: bytes = b""  # little-endian, of the index's dtype
     n_documents: int = 0
     n_bytes: int = 0  # of text, UTF-8
+    max_token: int = -1  # the largest id
 
 
 def start_worker(source: str, dtype: str, fractions: tuple[float, float]) -> None:
@@ -218,22 +142,27 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def tokenize(texts: list[str]) -> list[Piece]:
-    """A Piece for each of SPLITS."""
-    t, pieces, tokens = worker_tokenizer, [Piece() for _ in SPLITS], [[] for _ in SPLITS]
+def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Piece]]:
+    """A Piece for each of SPLITS, by domain."""
+    t, found = worker_tokenizer, {}
     bos, eos = ([] if i is None else [np.array([i], worker_dtype)] for i in (t.bos_id, t.eos_id))
-    for text, ids in zip(texts, t.encode_batch(texts)):
-        raw = text.encode()
-        split = split_of(raw, *worker_fractions)
-        tokens[split] += [*bos, ids.astype(worker_dtype), *eos]
-        pieces[split].n_documents += 1
-        pieces[split].n_bytes += len(raw)
-    for piece, arrays in zip(pieces, tokens):
-        piece.tokens = np.concatenate(arrays).tobytes() if arrays else b""
-    return pieces
+    for domain, texts in batch.items():
+        found[domain], tokens = [Piece() for _ in SPLITS], [[] for _ in SPLITS]
+        for text, ids in zip(texts, t.encode_batch(texts)):
+            raw = text.encode()
+            split = split_of(raw, *worker_fractions)
+            tokens[split] += [*bos, ids.astype(worker_dtype), *eos]
+            found[domain][split].n_documents += 1
+            found[domain][split].n_bytes += len(raw)
+        for piece, arrays in zip(found[domain], tokens):
+            if arrays:
+                joined = np.concatenate(arrays)
+                piece.tokens, piece.max_token = joined.tobytes(), int(joined.max())
+    return found
 
 
-def in_order(pool: ProcessPoolExecutor, batches: Iterator[list[str]], ahead: int) -> Iterator[list[Piece]]:
+def in_order(pool: ProcessPoolExecutor, batches: Iterator[dict[str, list[str]]], ahead: int
+             ) -> Iterator[dict[str, list[Piece]]]:
     """`tokenize` of each batch, in order, at most `ahead` batches in memory: a pool's own map would read all at once."""
     waiting = deque()
     for batch in batches:
@@ -247,13 +176,6 @@ def in_order(pool: ProcessPoolExecutor, batches: Iterator[list[str]], ahead: int
 # ---- writing
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -262,53 +184,99 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def prepare_domain(domain: str, paths: list[Path], cfg: PrepareSettings, t: Tokenizer, pool: ProcessPoolExecutor,
-                   bar: tqdm) -> list[dict]:
-    """Write one domain's splits, or find them done; returns their indexes.  Raises UserError.
+@dataclass
+class Output:
+    """Where the tokens of a domain go: the three files, and what is in them so far."""
+
+    folder: Path
+    suffix: str
+    counts: list[list[int]]  # of each of SPLITS: bytes in the file, documents, bytes of text, largest token id
+    files: list[io.BufferedRandom] = field(default_factory=list)
+
+    def path(self, split: str, kind: str) -> Path:
+        return self.folder / f"{split}{self.suffix}.{kind}"
+
+    def open(self, stack: ExitStack) -> "Output":
+        """Cut the files to what was counted.  Raises UserError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for split, (size, *_) in zip(SPLITS, self.counts):
+            self.path(split, "json").unlink(missing_ok=True)
+            self.files.append(stack.enter_context(open_partial(self.path(split, "bin"), size)))
+        return self
+
+    def add(self, pieces: list[Piece]) -> None:
+        for file, counts, piece in zip(self.files, self.counts, pieces):
+            file.write(piece.tokens)
+            counts[:] = [counts[0] + len(piece.tokens), counts[1] + piece.n_documents, counts[2] + piece.n_bytes,
+                         max(counts[3], piece.max_token)]
+
+    def finish(self, t: Tokenizer) -> list[dict]:
+        """The files get their names, then an index each.  Returns the indexes."""
+        indexes, dtype = [], dtype_of(t)
+        for split, file, (size, n_documents, n_bytes, max_token) in zip(SPLITS, self.files, self.counts):
+            file.close()
+            os.replace(partial_of(self.path(split, "bin")), self.path(split, "bin"))
+            indexes.append({
+                "format": 1, "domain": self.folder.name, "split": split, "dtype": dtype,
+                "n_tokens": size // np.dtype(dtype).itemsize, "n_documents": n_documents, "n_bytes": n_bytes,
+                "max_token": max_token, "vocab_size": t.vocab_size, "bos_id": t.bos_id, "eos_id": t.eos_id,
+                "tokenizer": t.fingerprint, "sha256": sha256(self.path(split, "bin"))})
+        for split, index in zip(SPLITS, indexes):
+            write_json(self.path(split, "json"), index)
+        return indexes
+
+
+def dtype_of(t: Tokenizer) -> str:
+    return "uint16" if t.vocab_size <= 1 << 16 else "uint32"
+
+
+def prepare_source(source: Source, cfg: PrepareSettings, work: dict, t: Tokenizer, pool: ProcessPoolExecutor, bar: tqdm
+                   ) -> dict[str, list[dict]]:
+    """Write the splits of a source's domains, or find them done; returns their indexes.  Raises UserError.
 
     A record of progress says how many batches are on the disk, and how long each file was then: what a killed run wrote
-    after it is cut off, and as many batches are read again but not tokenized again.
+    after it is cut off, and as many batches are read again but not tokenized again.  work: of `check_same_work`.
     """
-    folder, suffix = Path(cfg.out_dir) / domain, cfg.suffix()
-    bins, finals = ([folder / f"{split}{suffix}.{kind}" for split in SPLITS] for kind in ("bin", "json"))
-    record = folder / f"progress{suffix}.json"
-    if all(path.exists() for path in finals):
+    out_dir, suffix, mine = Path(cfg.out_dir), cfg.suffix(), work["sources"][source.name]
+    record = out_dir / source.name / f"progress{suffix}.json"
+    done = {d: [out_dir / d / f"{split}{suffix}.json" for split in SPLITS] for d in mine.get("done", ())}
+    if done and all(path.exists() for paths in done.values() for path in paths):
         record.unlink(missing_ok=True)
-        return [read_json(path) for path in finals]
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = "uint16" if t.vocab_size <= 1 << 16 else "uint32"
-    progress = read_json(record) if record.exists() else {"batches": 0, "splits": [[0, 0, 0] for _ in SPLITS]}
-    bad: list[BadLine] = []
+        return {domain: [read_json(path) for path in paths] for domain, paths in done.items()}
+    known = [source.name] if source.name else (source.domains or {}).values()
+    progress = read_json(record) if record.exists() else {"batches": 0, "domains": {d: new_counts() for d in known}}
+    most, omitted, saved = model_vocabulary(cfg.model_dir), Omitted(), time.monotonic()
     with ExitStack() as stack:
-        files = [stack.enter_context(open_partial(path, size)) for path, (size, _, _) in zip(bins, progress["splits"])]
-        batches = itertools.islice(read_batches(paths, cfg, bad), progress["batches"], None)
-        saved = time.monotonic()
-        for pieces in in_order(pool, batches, 2 * cfg.workers + 2):
-            for file, counts, piece in zip(files, progress["splits"], pieces):
-                file.write(piece.tokens)
-                counts[0] += len(piece.tokens)
-                counts[1] += piece.n_documents
-                counts[2] += piece.n_bytes
+        outputs = {d: Output(out_dir / d, suffix, counts).open(stack) for d, counts in progress["domains"].items()}
+        batches = itertools.islice(read_batches(source, cfg, omitted), progress["batches"], None)
+        for found in in_order(pool, batches, 2 * cfg.workers + 2):
+            for domain, pieces in found.items():
+                if domain not in outputs:
+                    check_new(domain, work, out_dir)
+                    progress["domains"][domain] = new_counts()
+                    outputs[domain] = Output(out_dir / domain, suffix, progress["domains"][domain]).open(stack)
+                outputs[domain].add(pieces)
+                largest = max(piece.max_token for piece in pieces)
+                check(largest < most, f"domain {domain} has token {largest}, but the model in {cfg.model_dir} knows "
+                      f"{most:.0f} tokens; prepare the text with the model's tokenizer")
             progress["batches"] += 1
-            bar.update(sum(piece.n_bytes for piece in pieces))
+            bar.update(sum(piece.n_bytes for pieces in found.values() for piece in pieces))
             if time.monotonic() - saved > SAVE_SECONDS:
-                save_progress(files, record, progress)
+                save_progress(outputs, record, progress)
                 saved = time.monotonic()
-        save_progress(files, record, progress)
-    if bad:
-        tqdm.write(f"{domain}: {len(bad)} malformed lines skipped")
-    check(progress["batches"] > 0 or cfg.shard != "", f"domain {domain} holds no document; add text or remove its folder")
-    indexes = []
-    for split, path, (size, n_documents, n_bytes) in zip(SPLITS, bins, progress["splits"]):
-        os.replace(partial_of(path), path)
-        indexes.append({
-            "format": 1, "domain": domain, "split": split, "dtype": dtype, "n_tokens": size // np.dtype(dtype).itemsize,
-            "n_documents": n_documents, "n_bytes": n_bytes, "vocab_size": t.vocab_size, "bos_id": t.bos_id,
-            "eos_id": t.eos_id, "tokenizer": t.fingerprint, "sha256": sha256(path)})
-    for path, index in zip(finals, indexes):
-        write_json(path, index)
+        save_progress(outputs, record, progress)
+        empty = [domain for domain, output in outputs.items() if not any(n for _, n, *_ in output.counts)]
+        check(cfg.shard != "" or (bool(outputs) and not empty), f"domain {', '.join(empty) or 'none'} holds no document; "
+              "add text, or remove its folder or name")
+        indexes = {domain: output.finish(t) for domain, output in outputs.items()}
+    mine |= {"done": list(outputs), "left_out": omitted.count, "files_left_out": omitted.files}
+    write_json(out_dir / f"prepare{suffix}.json", work)
     record.unlink()
     return indexes
+
+
+def new_counts() -> list[list[int]]:
+    return [[0, 0, 0, -1] for _ in SPLITS]
 
 
 def partial_of(path: Path) -> Path:
@@ -329,50 +297,48 @@ def open_partial(path: Path, size: int) -> io.BufferedRandom:
     return file
 
 
-def save_progress(files: list[io.BufferedRandom], record: Path, progress: dict) -> None:
+def save_progress(outputs: dict[str, Output], record: Path, progress: dict) -> None:
     """Bytes first, then the record that counts them."""
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
+    for output in outputs.values():
+        for file in output.files:
+            file.flush()
+            os.fsync(file.fileno())
     write_json(record, progress)
 
 
 # ---- the tokenizer, and the whole
 
 
-def training_text(domains: dict[str, list[Path]], cfg: PrepareSettings) -> Iterator[str]:
-    """Lines to train a tokenizer on: train_mb of each domain, as much from each of its files, none held out."""
-    for paths in domains.values():
-        for path in paths:
-            left = max(1000, int(cfg.train_mb * 1e6 / len(paths)))
-            for document in read_documents(path, cfg.text_field):
-                if isinstance(document, str) and left > 0:
-                    raw = document.encode()
-                    if split_of(raw, cfg.eval_fraction, cfg.prune_fraction) != 0:
-                        left -= len(raw)
-                        yield from document.splitlines()
-                if left <= 0:
+def training_text(sources: list[Source], cfg: PrepareSettings) -> Iterator[str]:
+    """Lines to train a tokenizer on: train_mb of each domain, as much from each of its files, none held out.
+
+    Raises UserError if a domain gives none.
+    """
+    for source in sources:
+        share = max(1000, int(cfg.train_mb * 1e6 / len(source.files)))  # bytes
+        given = Counter(dict.fromkeys([source.name] if source.name else (source.domains or {}).values(), 0))
+        for file in source.files:
+            left = Counter()  # bytes that this file may still give
+            for found in read_documents(file, source):
+                if isinstance(found, LeftOut):
+                    check(found.kind != "files" or cfg.skip_bad_files, refusal(found))
+                    continue
+                domain, text = found
+                raw = text.encode()
+                left.setdefault(domain, share)
+                if left[domain] > 0 and split_of(raw, cfg.eval_fraction, cfg.prune_fraction) != 0:
+                    left[domain] -= len(raw)
+                    given[domain] += len(raw)
+                    yield from text.splitlines()
+                # in the first of files with several domains we look for all that there are
+                if all(left.setdefault(d, share) <= 0 for d in given) and (source.name or file is not source.files[0]):
                     break
+        for domain, size in given.items():
+            check(size > 0, f"domain {domain} gives no text to train a tokenizer on: all its documents are empty, or held "
+                  "out for evaluation; add text, lower --eval_fraction, or give --tokenizer")
 
 
-def train_sentencepiece(lines: Iterator[str], size: int) -> bytes:
-    """A BPE model as Llama's: byte fallback, single digits, spaces kept.  Raises UserError."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=lines, model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
-            split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, max_sentence_length=100_000, minloglevel=2)
-    except RuntimeError as error:
-        found = re.search(r"<= (\d+)", str(error))
-        why = f"lower --train_tokenizer to at most {found[1]}" if found else " ".join(str(error).split())[-200:]
-        raise UserError(f"a tokenizer of {size} pieces cannot be trained on this text; {why}") from None
-    return model.getvalue()
-
-
-def keep_tokenizer(given: Tokenizer | None, cfg: PrepareSettings, domains: dict[str, list[Path]]) -> Tokenizer:
+def keep_tokenizer(given: Tokenizer | None, cfg: PrepareSettings, sources: list[Source]) -> Tokenizer:
     """The tokenizer given, or else trained (unless that was done); out_dir/tokenizer holds a copy of it."""
     folder = Path(cfg.out_dir) / "tokenizer"
     if given is None:
@@ -380,7 +346,7 @@ def keep_tokenizer(given: Tokenizer | None, cfg: PrepareSettings, domains: dict[
             return load_tokenizer(folder)
         print(f"training a tokenizer of {cfg.train_tokenizer} pieces")
     files = given.files if given else {
-        "tokenizer.model": train_sentencepiece(training_text(domains, cfg), cfg.train_tokenizer)}
+        "tokenizer.model": train_sentencepiece(training_text(sources, cfg), cfg.train_tokenizer)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / f"{name}.{os.getpid()}.tmp").write_bytes(content)  # shards write the same at the same time
@@ -388,62 +354,55 @@ def keep_tokenizer(given: Tokenizer | None, cfg: PrepareSettings, domains: dict[
     return given or load_tokenizer(folder)
 
 
-def check_same_work(given: Tokenizer | None, cfg: PrepareSettings, domains: dict[str, list[Path]]) -> None:
-    """out_dir is new, or begun with the same settings, tokenizer and input, or without a token yet.  Raises UserError."""
-    out_dir = Path(cfg.out_dir)
-    record = out_dir / f"prepare{cfg.suffix()}.json"
-    fixed = ("input_dir", "tokenizer", "train_tokenizer", "train_mb", "text_field", "eval_fraction", "prune_fraction")
-    work = {name: getattr(cfg, name) for name in fixed} | {"fingerprint": given.fingerprint if given else ""}
-    work |= {f"file {p}": p.stat().st_size for paths in domains.values() for p in paths}  # bytes
-    if record.exists():
-        old = read_json(record)
-        check(isinstance(old, dict), f"{record} is not a JSON object; remove {out_dir} to start anew")
-        odd = [f"{n} (was {old.get(n)!r}, is {work.get(n)!r})" for n in {**work, **old} if work.get(n) != old.get(n)]
-        tokens = any(path.stat().st_size for path in out_dir.glob("*/*.bin*"))
-        fresh = not tokens and list(out_dir.glob("prepare*.json")) == [record]
-        check(not odd or fresh, f"out_dir = {out_dir} was begun with other settings or files: {', '.join(odd[:3])}"
-              + ", ..." * (len(odd) > 3) + "; choose another, or remove it")
-        if odd and not Path(cfg.tokenizer).resolve().is_relative_to((out_dir / "tokenizer").resolve()):
-            shutil.rmtree(out_dir / "tokenizer", ignore_errors=True)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, work)
-
-
-def print_table(indexes: dict[str, list[dict]]) -> None:
+def print_table(indexes: dict[str, list[dict]], cfg: PrepareSettings, work: dict) -> None:
+    """Documents and tokens of each domain, then what was left out, and shares of tokens far from those asked for."""
     print(f"{'domain':<16}{'documents':>12}{'tokens':>16}" + "".join(f"{s + ' tokens':>16}" for s in SPLITS)
           + f"{'bytes/token':>13}")
     for domain, splits in indexes.items():
         tokens, n_bytes = sum(i["n_tokens"] for i in splits), sum(i["n_bytes"] for i in splits)
         print(f"{domain:<16}{sum(i['n_documents'] for i in splits):>12,}{tokens:>16,}"
               + "".join(f"{i['n_tokens']:>16,}" for i in splits) + f"{n_bytes / max(1, tokens):>13.2f}")
+    for name, source in work["sources"].items():
+        if left_out := [f"{n:,} {kind}" for kind, n in source.get("left_out", {}).items()]:
+            print(f"left out{' of ' * bool(name)}{name}: {'; '.join([', '.join(left_out), *source['files_left_out']])}")
+    for domain, splits in indexes.items():
+        tokens = max(1, sum(i["n_tokens"] for i in splits))
+        for index, asked in zip(splits, (cfg.eval_fraction, cfg.prune_fraction)):
+            share = index["n_tokens"] / tokens
+            if not asked / 2 <= share <= asked * 2:
+                print(f"note: {domain} has {share:.1%} of its tokens in {index['split']}, not the {asked:.1%} asked for: no "
+                      f"document is divided, and {index['n_documents']} of {sum(i['n_documents'] for i in splits)} fell "
+                      f"there; add text, cut long documents, or change --{index['split']}_fraction")
 
 
 def main(cfg: PrepareSettings) -> None:
-    domains = find_domains(cfg)
+    sources, passed = find_sources(cfg.input_dir, text_field=cfg.text_field, domain_field=cfg.domain_field,
+                                   domains=cfg.domains, skip_bad_files=cfg.skip_bad_files)
+    if passed:
+        print(say_passed_over(passed))
     try:
         given = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None  # a mistyped name ends here; loaded only once
-        check_same_work(given, cfg, domains)
-        tokenizer = keep_tokenizer(given, cfg, domains)
+        work = check_same_work(given, cfg, sources)
+        tokenizer = keep_tokenizer(given, cfg, sources)
         if cfg.shard:
             i, n = map(int, cfg.shard.split("/"))
-            domains = {d: paths[i::n] for d, paths in domains.items()}
-        sizes = [(p.suffix, p.stat().st_size) for paths in domains.values() for p in paths]
-        total = sum(size for _, size in sizes) if {s for s, _ in sizes} <= {".jsonl", ".txt"} else None
-        arguments = (str(Path(cfg.out_dir) / "tokenizer"), "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-                     (cfg.eval_fraction, cfg.prune_fraction))
+            sources = [replace(source, files=source.files[i::n]) for source in sources]
+        files = [file for source in sources for file in source.files]
+        plain = all(file.size is not None and file.name.endswith((".jsonl", ".txt")) for file in files)
+        arguments = (str(Path(cfg.out_dir) / "tokenizer"), dtype_of(tokenizer), (cfg.eval_fraction, cfg.prune_fraction))
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is all there is
         with (ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), start_worker, arguments) as pool,
-              tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar):
+              tqdm(total=sum(f.size for f in files) if plain else None, unit="B", unit_scale=True, disable=None) as bar):
             indexes = {}
-            for domain, paths in domains.items():
-                bar.set_description(domain)
-                indexes[domain] = prepare_domain(domain, paths, cfg, tokenizer, pool, bar)
+            for source in sources:
+                bar.set_description(source.name or cfg.domain_field)
+                indexes |= prepare_source(source, cfg, work, tokenizer, pool, bar)
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps for want of memory; start again with fewer --workers, it goes on "
                         "where it was") from None
     except OSError as error:
         raise UserError(f"{error.filename or cfg.out_dir}: {error.strerror or error}") from None
-    print_table(indexes)
+    print_table(indexes, cfg, work)
 
 
 if __name__ == "__main__":

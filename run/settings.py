@@ -46,6 +46,12 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def lfs_pointer(head: bytes) -> str:
+    """What is wrong with a file that begins so, if it only stands for one that Git LFS keeps; else ""."""
+    pointer = head.startswith(b"version https://git-lfs.github.com/spec/")
+    return "it is a pointer of Git LFS, not the file itself; run `git lfs pull` where it was cloned" if pointer else ""
+
+
 @contextmanager
 def user_errors():
     """Turn the ValueErrors of model, l0 and data, which name file or value already, into UserErrors."""

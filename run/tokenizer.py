@@ -6,10 +6,11 @@ A SentencePiece `.model`; a tiktoken encoding by its name; a `tokenizer.model` i
 
 import base64
 import hashlib
+import io
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import sentencepiece
 import tiktoken
 
-from run.settings import UserError, check, read_json
+from run.settings import UserError, check, lfs_pointer, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.json")  # of a folder, the first that is there counts
 # what a tokenizer without any configuration beside it calls its first and its last token
@@ -27,6 +28,7 @@ EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 MAX_RUN = 25_000  # characters without a break that tiktoken gets at once, as in Llama 3's own tokenizer.py
+LINE_CHARACTERS = 25_000  # of a line that a tokenizer is trained on, 4 bytes each at most
 SPACE, NO_SPACE, LONG_RUN = (re.compile(p) for p in (r"\s", r"\S", rf"\S{{{MAX_RUN}}}(?=\S)|\s{{{MAX_RUN}}}(?=\s)"))
 
 PROBE = ("def f(x):\n\treturn x[0] ** 2  # 1234567890, 3.14\n\n\n    if a != b:\r\n        pass\n"
@@ -84,6 +86,7 @@ def load_path(path: Path) -> Tokenizer:
         return load_path(found[0])
     with path.open("rb") as file:
         head = file.read(1024)
+    check(lfs_pointer(head) == "", f"tokenizer {path}: {lfs_pointer(head)}")
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
         return load_llama3(path)
     if not head.lstrip().startswith(b"{"):
@@ -217,3 +220,38 @@ def hugging_face_special(folder: Path, kind: str, token_to_id: Callable[[str], i
 def choose_special(token_to_id: Callable[[str], int | None], names: tuple[str, ...]) -> int | None:
     """Id of the first name that there is."""
     return next((i for name in names if (i := token_to_id(name)) is not None), None)
+
+
+def train_sentencepiece(lines: Iterable[str], size: int) -> bytes:
+    """A BPE model as Llama's: byte fallback, single digits, spaces kept.  Raises UserError, and what `lines` raises.
+
+    SentencePiece leaves out without a word a line of more than max_sentence_length bytes, or with the character that it
+    writes for the unknown: the first are cut, the second go without it.
+    """
+    model, stopped = io.BytesIO(), []
+
+    def pieces() -> Iterator[str]:
+        try:
+            for line in lines:
+                line = line.replace("\u2585", " ")
+                while len(line) > LINE_CHARACTERS:
+                    at = line.rfind(" ", 1, LINE_CHARACTERS) + 1 or LINE_CHARACTERS
+                    yield line[:at]
+                    line = line[at:]
+                yield line
+        except UserError as error:
+            stopped.append(error)
+            raise
+
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=pieces(), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
+            split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, max_sentence_length=4 * LINE_CHARACTERS, minloglevel=2)
+    except RuntimeError as error:
+        if stopped:
+            raise stopped[0] from None
+        found = re.search(r"<= (\d+)", str(error))
+        why = f"lower --train_tokenizer to at most {found[1]}" if found else " ".join(str(error).split())[-200:]
+        raise UserError(f"a tokenizer of {size} pieces cannot be trained on this text; {why}") from None
+    return model.getvalue()

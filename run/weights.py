@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from run.settings import UserError, check
+from run.settings import UserError, check, lfs_pointer
 
 WRITE_BYTES = 1 << 18  # at once: a write of a whole tensor takes up to twice the time (measured on ext4, Linux 6.18)
 DTYPE_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -71,7 +71,16 @@ def tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+        raise no_safetensors(path, error) from None
+
+
+def no_safetensors(path: Path, error: Exception) -> UserError:
+    head = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(64)
+    return UserError(f"{path}: {lfs_pointer(head)}" if lfs_pointer(head) else
+                     f"{path} cannot be read as safetensors: {error}")
 
 
 def check_names(where: str | Path, got: Set[str], want: Set[str]) -> None:
@@ -94,7 +103,7 @@ def tensor_reader(path: Path, shapes: dict[str, tuple[int, ...]]) -> Callable[[s
                 check(code in DTYPE_CODES.values(), f"{path}: {name} holds {code} numbers, not "
                       f"{', '.join(DTYPE_CODES.values())}")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+        raise no_safetensors(path, error) from None
     return functools.partial(read_tensor, path)
 
 

@@ -432,6 +432,30 @@ def test_uint32_tokens_are_read_beside_uint16_ones(tmp_path):
     assert tokens.tolist() == [[70_000, 1, 100_255, 3]] and targets.tolist() == [[1, 100_255, 3, 4]]
 
 
+@pytest.mark.parametrize("where", ["train", "eval", "a shard"])
+def test_the_largest_token_that_is_there_is_held_against_the_model(tmp_path, where):
+    """A tokenizer may have more tokens than the model, a [PAD] for one, as long as no text has them."""
+    fits = dict(split="train", seq_len=8, vocab_size=64, context_length=64)
+    names = ["train-00000-of-00002", "train-00001-of-00002"] if where == "a shard" else ["train"]
+    for name in [*names, "eval"]:
+        write_tokens(tmp_path, "code", name.split("-")[0], range(64), name=name, vocab_size=90, max_token=63)
+    open_run_data(tmp_path, [], **fits)
+    bad = {"a shard": names[-1]}.get(where, where)
+    write_tokens(tmp_path, "code", bad.split("-")[0], range(65), name=bad, vocab_size=90, max_token=64)
+    with pytest.raises(ValueError, match=rf"code has token 64 in its {bad.split('-')[0]} split .*90 tokens.*model knows 64"):
+        open_run_data(tmp_path, [], **fits)
+    write_tokens(tmp_path, "code", bad.split("-")[0], range(64), name=bad, vocab_size=90)  # not recorded: what could be
+    with pytest.raises(ValueError, match="code has token 89"):
+        open_run_data(tmp_path, [], **fits)
+
+
+@pytest.mark.parametrize("max_token", [64, -2, 1.0, None, "3", True])
+def test_an_odd_largest_token_is_refused(tmp_path, max_token):
+    path = write_tokens(tmp_path, "code", "train", range(64), max_token=max_token)
+    with pytest.raises(ValueError, match=f"{path}: max_token .* is not below vocab_size 64"):
+        open_split(tmp_path, "code", "train", 8)
+
+
 def test_run_data_names_what_does_not_fit(tmp_path):
     write_data_dir(tmp_path, {"code": 200, "wiki": 200})
     fits = dict(split="train", seq_len=8, vocab_size=64, context_length=64)

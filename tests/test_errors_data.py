@@ -111,23 +111,40 @@ CASES = {
     "a domain without a document": (
         "prepare", lambda p: write_jsonl(p.raw / "code" / "a.jsonl", [""]), {}, "domain code holds no document"),
     "a domain called tokenizer": ("prepare", lambda p: write_jsonl(p.raw / "tokenizer" / "a.jsonl", ["x"]), {},
-                                  "domain folder 'tokenizer': name it"),
+                                  "domain 'tokenizer': name it"),
     "a text field that is none": (
-        "prepare", nothing, dict(text_field="content", max_bad_lines=9), "no field 'content'; more than max_bad_lines = 9"),
+        "prepare", nothing, dict(text_field="content", max_bad_lines=9),
+        "no field 'content' among text, meta; more than max_bad_lines = 9"),
     "text that is not UTF-8": (
-        "prepare", lambda p: (p.raw / "wiki" / "b.txt").write_bytes(b"\xff\xfe"), dict(max_bad_lines=0), "b.txt: 'utf-8'"),
+        "prepare", lambda p: (p.raw / "wiki" / "b.txt").write_bytes(b"\xff"), {}, "b.txt cannot be read .* not UTF-8"),
     "a gzip file cut short": ("prepare", lambda p: (p.raw / "wiki" / "b.jsonl.gz").write_bytes(b"\x1f\x8b\x08"),
-                              dict(max_bad_lines=0), "b.jsonl.gz"),
+                              {}, "b.jsonl.gz cannot be read to its end: it is truncated.*--skip_bad_files"),
     "a parquet file that is none": (
-        "prepare", lambda p: (p.raw / "wiki" / "b.parquet").write_bytes(b"PAR1"), dict(max_bad_lines=0), "b.parquet"),
+        "prepare", lambda p: (p.raw / "wiki" / "b.parquet").write_bytes(b"PAR1"), {}, "b.parquet cannot be read"),
     "an unknown tokenizer": ("prepare", nothing, dict(tokenizer="nope"), "tokenizer nope is no file or folder"),
     "a tokenizer that is none": ("prepare", nothing, dict(tokenizer=__file__), "test_errors_data.py cannot be loaded"),
     "a folder without tokenizer": ("prepare", nothing, dict(tokenizer="configs"), "tokenizer folder configs has none of"),
     "two tokenizers": ("prepare", nothing, dict(train_tokenizer=500), "give either tokenizer or train_tokenizer"),
     "a tokenizer too large for the text": (
         "prepare", nothing, dict(tokenizer=None, train_tokenizer=50000), r"lower --train_tokenizer to at most \d+$"),
-    "no tokenizer for so little text": (
-        "prepare", nothing, dict(tokenizer=None, train_tokenizer=300, text_field="x"), "a tokenizer of 300 pieces"),
+    "a text field that is none, to train a tokenizer on": (
+        "prepare", nothing, dict(tokenizer=None, train_tokenizer=300, text_field="x"), "a.jsonl .*not one record of text"),
+    "a domain that gives no text to train on": (
+        "prepare", lambda p: write_jsonl(p.raw / "code" / "a.jsonl", [""]), dict(tokenizer=None, train_tokenizer=300),
+        "domain code gives no text to train a tokenizer on"),
+    "a domain all held out from training": (
+        "prepare", lambda p: write_jsonl(p.raw / "code" / "a.jsonl", ["x"]),
+        dict(tokenizer=None, train_tokenizer=300, eval_fraction=0.9999, prune_fraction=0), "code gives no .*lower --eval"),
+    "records of other domains only": (
+        "prepare", nothing, dict(domain_field="text", domains={"a": "b"}), "domain b holds no document; add text"),
+    "shards that may differ in their domains": (
+        "prepare", nothing, dict(domain_field="text", shard="0/2"), "shard and domain_field need domains"),
+    "no model to prepare for": ("prepare", nothing, dict(model_dir="configs"), "configs has neither model_config.json nor"),
+    "another model's tokenizer": (
+        "prepare", nothing, lambda p: dict(model_dir=p.model),
+        r"domain wiki has token \d+, but the model in .*/model knows 64 tokens; prepare the text with the model's tok"),
+    "another model's tokenizer, in Hugging Face's form": (
+        "prepare", nothing, lambda p: dict(model_dir=p.hf), "model in .*/hf knows 64 tokens"),
     "fractions of more than all": ("prepare", nothing, dict(eval_fraction=0.6, prune_fraction=0.5), "stay below 1"),
     "a shard beyond the last": ("prepare", nothing, dict(shard="2/2"), "shard = '2/2' is not i/n"),
     "no process": ("prepare", nothing, dict(workers=0), "workers = 0"),
@@ -204,9 +221,9 @@ CASES = {
     "a Hugging Face folder to sample": ("sample", nothing, lambda p: dict(model_dir=p.hf), "convert.py --from_hf="),
     "a model without tokenizer": (
         "sample", lambda p: shutil.rmtree(p.model / "assets"), {}, "tokenizer .*assets is no file or folder"),
-    "more tokens than the model knows": (
-        "sample", lambda p: [shutil.copytree(p.model / "assets", p.given / "tokenizer"), small_vocabulary(p)], {},
-        "has 2 tokens, more than the model's vocab_size = 1"),
+    "a token that the model does not know": (
+        "sample", lambda p: [shutil.copytree(p.model / "assets", p.given / "tokenizer"), small_vocabulary(p)],
+        dict(prompt="a"), "has token 1 for the prompt, but the model has vocab_size = 1"),
     "NaN weights to sample": ("sample", lambda p: edit_tensor(
         p.model / "model.safetensors", "model.norm.weight", torch.full((32,), torch.nan)), {}, "norm.weight holds NaN"),
     "a config of another version": (
@@ -333,7 +350,7 @@ def test_a_process_of_its_own_says_no_more(place):
 
 # ---- paths
 
-NO_PATHS = {"split", "text_field", "shard", "steps", "against", "prompt",  # settings that are text, but name no file
+NO_PATHS = {"split", "text_field", "domain_field", "shard", "steps", "against", "prompt",  # text that names no file
             "runs"}  # bare arguments: the shell expands them
 REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk"],
             "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],

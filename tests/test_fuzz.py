@@ -3,10 +3,12 @@
 A valid file is damaged at random, and the same way again for the same number.  FUZZ_SECONDS is the time for each reader.
 """
 
+import bz2
 import copy
 import functools
 import gzip
 import json
+import lzma
 import math
 import os
 import random
@@ -28,10 +30,10 @@ from conftest import ROOT, flags, prune_settings, random_model, tiny_config, wri
 import convert
 from data import open_split
 from model import ModelConfig, Transformer
-from prepare import read_documents
 from prune import PruneSettings
 from run import settings, weights
 from run.checkpoint import read_state
+from run.documents import Source, TextFile, read_documents
 from run.settings import UserError, parse_args
 from run.weights import load_weights, read_model_config
 from tools import gguf_to_hf
@@ -212,7 +214,8 @@ def documents(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -
     lines = [{"text": f"document {i}\n", "n": i} for i in range(20)]
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(b"".join(json.dumps(x).encode() + b"\n" for x in lines)))
-    return file_reader(path, lambda: list(read_documents(path, "text")), unpack=lambda d: lines,
+    file = TextFile(str(path), path.name, 1)
+    return file_reader(path, lambda: list(read_documents(file, Source("d", ()))), unpack=lambda d: lines,
                        pack=lambda text: compress(text.encode(errors="surrogatepass")),
                        dumps=lambda xs: "\n".join(map(json.dumps, xs)) if isinstance(xs, list) else json.dumps(xs))
 
@@ -284,6 +287,7 @@ READERS = {
     "config file": config_file, "flags": flag, "index": index, "model config": model_config, "safetensors": safetensors,
     "state": state, "jsonl": lambda p: documents(p, "", bytes), "jsonl.gz": lambda p: documents(p, ".gz", gzip.compress),
     "jsonl.zst": lambda p: documents(p, ".zst", zstandard.compress),
+    "jsonl.xz": lambda p: documents(p, ".xz", lzma.compress), "jsonl.bz2": lambda p: documents(p, ".bz2", bz2.compress),
     "Hugging Face config": lambda p: hugging_face(p, "config.json"),
     "Hugging Face index": lambda p: hugging_face(p, "model.safetensors.index.json"),
     "carried config": to_hugging_face, "GGUF": gguf_file,

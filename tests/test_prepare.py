@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -51,9 +52,12 @@ def read_back(out: Path) -> dict[str, dict[str, Counter]]:
             if i == tokenizer.eos_id:
                 assert tokenizer.bos_id is None or current[0] == tokenizer.bos_id
                 documents.append(tokenizer.decode(current))
-            current = [] if i == tokenizer.eos_id else [*current, i]
+                current = []
+            else:
+                current.append(i)
         assert not current and (index["n_tokens"], index["n_documents"]) == (len(ids), len(documents))
         assert index["n_bytes"] == sum(len(d.encode()) for d in documents)
+        assert index["max_token"] == max(ids, default=-1)
         assert index["sha256"] == hashlib.sha256(data).hexdigest() and index["tokenizer"] == tokenizer.fingerprint
         assert (index["bos_id"], index["eos_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert (index["format"], index["domain"], index["vocab_size"]) == (1, path.parent.name, tokenizer.vocab_size)
@@ -186,18 +190,201 @@ def test_malformed_lines_are_named_counted_and_limited(tmp_path, capsys):
     bad = [b"{", b'{"other": 1}', b'{"text": 3}', b'["text"]', b'{"text": "\xff"}', b'{"text": "a\\ud800"}', b"[" * 100_000]
     with (raw / "a.jsonl").open("ab") as file:
         file.writelines(line + b"\n" for line in bad)
-        file.write(b'{"text": ""}\n{"text": "last"}\n')
-    cut = gzip.compress(b"".join(json.dumps({"text": d}).encode() + b"\n" for d in DOCUMENTS))
-    (raw / "b.jsonl.gz").write_bytes(cut[:len(cut) // 2])
-    (raw / "c.txt").write_bytes(b"\xff\xfe")
-    n_bad = len(bad) + 2  # or 3, if the cut is in the middle of a line
-    found = whole(run(tmp_path / "raw", tmp_path / "out", max_bad_lines=n_bad + 1)["d"])
-    assert Counter(DOCUMENTS[:10]) + Counter(["last"]) <= found <= Counter([*DOCUMENTS[:10], "last", *DOCUMENTS])
-    assert f"{raw / 'a.jsonl'}:11" in "".join(capsys.readouterr())
+        file.write(b'{"text": ""}\n\n{"text": "last"}\n')
+    found = whole(run(tmp_path / "raw", tmp_path / "out", max_bad_lines=len(bad))["d"])
+    assert found == Counter([*DOCUMENTS[:10], "last"])
+    said = capsys.readouterr().out
+    assert said.count("left out: ") == 5 and f"left out: {raw / 'a.jsonl'}:11: " in said
+    assert "left out of d: 7 malformed lines, 1 empty documents\n" in said
     with pytest.raises(UserError, match=r"a\.jsonl:15.*max_bad_lines = 4"):
         run(tmp_path / "raw", tmp_path / "strict", max_bad_lines=4)
     assert not [p for p in token_files(tmp_path / "strict") if not p.endswith(".partial")]
     assert whole(run(tmp_path / "raw", tmp_path / "strict")["d"]) == found  # a higher limit goes on
+
+
+@pytest.mark.parametrize("batch_bytes", [300, 10**6])
+def test_a_lost_file_stops_the_run_or_is_told_at_its_end(tmp_path, capsys, monkeypatch, batch_bytes):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", batch_bytes)
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_jsonl(raw / "d" / "a.jsonl", DOCUMENTS[:50])
+    write_jsonl(raw / "d" / "b.jsonl.gz", DOCUMENTS[50:200], gzip.open)
+    write_jsonl(raw / "d" / "c.jsonl", DOCUMENTS[200:])
+    lost = raw / "d" / "b.jsonl.gz"
+    lost.write_bytes(lost.read_bytes()[:-60])
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz cannot be read to its end: it is truncated.* documents of it were"):
+        run(raw, out)
+    assert not [p for p in token_files(out) if not p.endswith(".partial")] and "domain " not in capsys.readouterr().out
+    found = whole(run(raw, out, skip_bad_files=True)["d"])  # it goes on where it was
+    assert Counter(DOCUMENTS[:51] + DOCUMENTS[200:]) <= found < Counter(DOCUMENTS)
+    n = found.total() - 90
+    for changes in ({}, dict(skip_bad_files=True)):  # done: nothing is read again, but the table still says it
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"left out of d: 1 files; {lost}: it is truncated") and last.endswith(
+            f"({n} documents of it were read)")
+        assert whole(run(raw, out, **changes)["d"]) == found
+
+
+def test_what_is_passed_over_is_said_in_one_line(tmp_path, capsys):
+    write_jsonl(tmp_path / "raw" / "d" / "a.jsonl", DOCUMENTS[:9])
+    (tmp_path / "raw" / "d" / "b.csv").write_text("x")
+    (tmp_path / "raw" / ".cache").mkdir()
+    run(tmp_path / "raw", tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "passed over: 1 hidden (.cache/); 1 of no format that is read (d/b.csv)"
+    assert sum("passed over" in line for line in lines) == 1
+
+
+# ---- domains that records name, that lie elsewhere, and that come later
+
+SETS = {"RedPajamaC4": "c4", "RedPajamaBook": "book", "Wikipedia (en)": "wiki"}
+
+
+def write_mixed(raw: Path, parts: int = 3) -> None:
+    """DOCUMENTS, each with the name of one of SETS, in files below raw/train."""
+    rows = [{"text": d, "meta": {"set": [*SETS][i % 3]}} for i, d in enumerate(DOCUMENTS)]
+    for i in range(parts):
+        write_json_lines(raw / "train" / f"{i}.jsonl", rows[i::parts])
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 40])
+def test_domains_of_records_are_those_of_folders_also_after_a_stop(tmp_path, monkeypatch, stop_at):
+    raw, folders, out = tmp_path / "raw", tmp_path / "folders", tmp_path / "out"
+    write_mixed(raw, parts=1)
+    for i, domain in enumerate(SETS.values()):
+        write_jsonl(folders / domain / "a.jsonl", DOCUMENTS[i::3])
+    run(folders, tmp_path / "whole")
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 400)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1)
+    save, saved = prepare.save_progress, []
+
+    def stopping(*args) -> None:
+        save(*args)
+        saved.append(args)
+        if len(saved) == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "save_progress", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw, out, domain_field="meta.set", domains=SETS)
+    assert not list(out.glob("*/*.json"))
+    run(raw, out, domain_field="meta.set", domains=SETS)
+    assert token_files(out) == token_files(tmp_path / "whole")
+    (out / "c4" / "train.json").unlink()  # one that is gone is made again
+    run(raw, out, domain_field="meta.set", domains=SETS)
+    assert token_files(out) == token_files(tmp_path / "whole")
+
+
+def test_shards_of_records_together_are_the_whole(tmp_path):
+    write_mixed(tmp_path / "raw", parts=5)
+    domains = {**SETS, "nowhere": "rare"}
+    (tmp_path / "raw" / "train" / "5.jsonl").write_text('{"text": "one of its kind", "meta": {"set": "nowhere"}}\n')
+    expected = run(tmp_path / "raw", tmp_path / "whole", domain_field="meta.set", domains=domains)
+    for i in range(2):
+        found = run(tmp_path / "raw", tmp_path / "shards", shard=f"{i}/2", domain_field="meta.set", domains=domains)
+    assert found == expected and whole(found["rare"]) == Counter(["one of its kind"])
+
+
+def test_a_domain_can_be_added_later(tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    write_jsonl(tmp_path / "raw" / "wiki" / "a.jsonl", DOCUMENTS[::3])
+    run(tmp_path / "raw", out)
+    before = token_files(out)
+    write_jsonl(tmp_path / "raw" / "code" / "a.jsonl", DOCUMENTS[1::3])
+    found = run(tmp_path / "raw", out)  # a new folder
+    write_json_lines(other / "en_head.json", [{"raw_content": d} for d in DOCUMENTS[2::3]])
+    found = run(other, out, text_field={"rp2": "raw_content"}, domains={".": "rp2"})  # from elsewhere, with another field
+    assert {d: whole(s) for d, s in found.items()} == {
+        d: Counter(DOCUMENTS[i::3]) for i, d in enumerate(("wiki", "code", "rp2"))}
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    run(tmp_path / "moved", out, text_field={"wiki": "text"})
+    assert before.items() <= token_files(out).items()
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows if not row.startswith("note: ")][-3:] == ["domain", "code", "wiki"]
+
+    write_mixed(tmp_path / "mixed")
+    for raw, changes, said in (
+            (tmp_path / "mixed", dict(domain_field="meta.set", domains=SETS), "domain wiki, which records name, came from"),
+            (tmp_path / "mixed", dict(domain_field="meta.set", domains={"RedPajamaC4": "wiki"}), "wiki, which records"),
+            (tmp_path / "moved", dict(text_field="other"), r"out/code was begun with .*text_field \(was 'text', is 'other'"),
+            (tmp_path / "moved", dict(eval_fraction=0.3), r"eval_fraction \(was 0.1, is 0.3\)"),
+            (tmp_path / "moved", dict(text_field={"wikki": "x"}), "names other domains than code, wiki")):
+        with pytest.raises(UserError, match=said):
+            run(raw, out, **changes)
+    assert {n: b for n, b in token_files(out).items() if "partial" not in n}.items() >= before.items()
+    mixed = tmp_path / "out_of_records"
+    run(tmp_path / "mixed", mixed, domain_field="meta.set", domains=SETS)
+    with pytest.raises(UserError, match=r"domain wiki of .* came from records"):
+        run(tmp_path / "moved", mixed)
+
+
+def test_text_behind_a_url(tmp_path):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    write_jsonl(tmp_path / "raw" / "d" / "a.jsonl", DOCUMENTS)
+    fs.pipe("/prepared/d/a.jsonl.zst", zstandard.compress((tmp_path / "raw" / "d" / "a.jsonl").read_bytes()))
+    run(tmp_path / "raw", tmp_path / "local")
+    for _ in range(2):
+        run("memory://prepared", tmp_path / "remote")
+        assert token_files(tmp_path / "remote") == token_files(tmp_path / "local")
+    fs.rm("/prepared", recursive=True)
+
+
+# ---- the tokenizer that is trained
+
+
+def books(n: int, length: int = 150_000) -> list[str]:
+    """Texts of one line each, longer than SentencePiece takes."""
+    words = [w for d in DOCUMENTS for w in d.split()]
+    text = " ".join(words * (1 + length * n // sum(map(len, words))))
+    return [f"book {i} {text[i * 1000:i * 1000 + length]}" for i in range(n)]
+
+
+LONG = {"lines of words": lambda: books(8), "lines without a space": lambda: [b.replace(" ", "") for b in books(8)],
+        "lines of long characters": lambda: ["漢字かな交じり文 " * 13_000 + str(i) for i in range(8)],
+        "lines with the character for the unknown": lambda: [f"a line \u2585 with it {i}" * 50 for i in range(40)]}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_tokenizer_is_trained_on_what_its_library_would_leave_out(kind, tmp_path):
+    write_jsonl(tmp_path / "raw" / "long" / "a.jsonl", LONG[kind]())
+    write_jsonl(tmp_path / "raw" / "short" / "a.jsonl", stdlib()[:5])
+    found = run(tmp_path / "raw", tmp_path / "out", tokenizer="", train_tokenizer=500, train_mb=1.0)
+    assert whole(found["long"]) == Counter(LONG[kind]())
+    for domain in found:
+        splits = [json.loads((tmp_path / "out" / domain / f"{split}.json").read_text()) for split in SPLITS]
+        assert sum(i["n_bytes"] for i in splits) / sum(i["n_tokens"] for i in splits) > 1.5, domain
+
+
+def test_a_tokenizer_is_trained_on_each_domain_that_records_name(tmp_path):
+    rows = [{"text": f"alpha beta {i}", "set": "a"} for i in range(200)]
+    rows += [{"text": f"漢字 {i}", "set": "b"} for i in range(90)]
+    write_json_lines(tmp_path / "raw" / "1.jsonl", rows)
+    write_json_lines(tmp_path / "raw" / "2.jsonl", rows[:50])
+    sources, _ = prepare.find_sources(str(tmp_path / "raw"), text_field="text", domain_field="set", domains=None,
+                                      skip_bad_files=False)
+    cfg = PrepareSettings(input_dir="x", out_dir="x", train_tokenizer=300, eval_fraction=0, train_mb=0.001)
+    lines = list(prepare.training_text(sources, cfg))
+    starts = Counter(line.split()[0] for line in lines)
+    assert 60 < starts["alpha"] < 200 and starts["漢字"] == 90
+
+
+# ---- shares
+
+
+def test_shares_far_from_what_was_asked_are_said(tmp_path, capsys):
+    write_jsonl(tmp_path / "raw" / "few" / "a.jsonl", DOCUMENTS[:5])
+    write_jsonl(tmp_path / "raw" / "many" / "a.jsonl", [f"{i}" for i in range(3000)])
+    found = run(tmp_path / "raw", tmp_path / "out", eval_fraction=0.02)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert not found["few"]["eval"] and not [n for n in notes if "many" in n]
+    assert notes[0].startswith("note: few has 0.0% of its tokens in eval, not the 2.0% asked for: no document is divided, "
+                               "and 0 of 5 fell there; add text, ")
 
 
 def test_dtype_follows_the_vocabulary(tmp_path):
@@ -209,11 +396,12 @@ def test_dtype_follows_the_vocabulary(tmp_path):
         assert (index["vocab_size"], index["dtype"]) == (size, dtype)
 
 
-def test_trained_tokenizer_loses_nothing_and_is_the_same_again(tmp_path):
-    import sysconfig
+def stdlib() -> list[str]:
+    return [p.read_text() for p in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))[:30]]
 
-    sources = [p.read_text() for p in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))[:30]]
-    documents = [*sources, " leading\n\n\n    spaces  and é漢😀\x00\t\r\n "]
+
+def test_trained_tokenizer_loses_nothing_and_is_the_same_again(tmp_path):
+    documents = [*stdlib(), " leading\n\n\n    spaces  and é漢😀\x00\t\r\n "]
     write_jsonl(tmp_path / "raw" / "a" / "a.jsonl", documents[::2])
     write_jsonl(tmp_path / "raw" / "b" / "a.jsonl", documents[1::2])
     for out in ("one", "two"):

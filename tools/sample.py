@@ -73,14 +73,14 @@ def main(settings: SampleSettings) -> None:
     cfg = read_model_config(folder, ModelConfig)
     check(not (folder / "masks.safetensors").exists(), f"{folder} holds masks; run compact.py first")
     tokenizer = load_tokenizer(folder / "assets")
-    check(tokenizer.vocab_size <= cfg.vocab_size, f"the tokenizer in {folder / 'assets'} has {tokenizer.vocab_size} tokens, "
-          f"more than the model's vocab_size = {cfg.vocab_size}")
-    with torch.device("meta"):  # no time goes into weights that are about to be replaced
-        model = Transformer(cfg)
-    load_weights(model.to_empty(device=device), folder)
     start, text = [] if tokenizer.bos_id is None else [tokenizer.bos_id], tokenizer.encode(settings.prompt)
     prompt = start + text
     check(bool(prompt), "prompt is empty and the tokenizer has no BOS token to start from; give --prompt=...")
+    check(max(prompt) < cfg.vocab_size, f"the tokenizer in {folder / 'assets'} has token {max(prompt)} for the prompt, but "
+          f"the model has vocab_size = {cfg.vocab_size}; put the model's own tokenizer there")
+    with torch.device("meta"):  # no time goes into weights that are about to be replaced
+        model = Transformer(cfg)
+    load_weights(model.to_empty(device=device), folder)
     if len(prompt) > cfg.context_length:
         print(f"(the model sees the last {cfg.context_length} of the prompt's {len(prompt)} tokens)")
     for i in range(settings.n_samples):
