@@ -23,7 +23,7 @@ from l0 import L0, TopK, mask_sets, undecided
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from run.checkpoint import read_state
 from run.settings import FilePath, check, run_stage, user_errors
-from run.weights import (check_finite, latest_checkpoint, load_weights, new_folder, one_thread, read_model_config,
+from run.weights import (check_finite, load_weights, new_folder, newest_in, one_thread, read_model_config,
                          tensor_names, tensor_reader, verified, write_assets, write_tensors)
 
 CHECKED = 8  # tokens of a sequence that the check runs
@@ -184,7 +184,7 @@ def report(masks: dict[str, Tensor], cfg: ModelConfig) -> None:
 def main(cfg: CompactSettings) -> None:
     folder = Path(cfg.checkpoint)
     check(folder.is_dir(), f"checkpoint = {folder} does not exist")
-    folder = latest_checkpoint(folder) or folder
+    folder = newest_in(folder)
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
     check((folder / "masks.safetensors").is_file(), f"{folder} is no checkpoint of prune.py: it has no masks.safetensors")
     state = read_state(folder)

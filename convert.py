@@ -8,6 +8,7 @@ Exact unless --dtype says otherwise, with one tensor in memory at a time and eve
 Face's names of things are known in this file only.  Of a GGUF file, tools/gguf_to_hf.py makes a Hugging Face folder first.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -25,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer, parameter_shapes
-from run.hf_tokenizer import TEXTS, auto_differences, code_files, export_tokenizer
-from run.settings import FilePath, UserError, check, read_json, require, run_stage
+from run.hf_tokenizer import code_files, export_tokenizer, verify_tokenizer
+from run.settings import FilePath, UserError, check, hub_snapshot, read_json, require, run_stage
 from run.tokenizer import holds_tokenizer, load_tokenizer
-from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, no_safetensors, one_thread,
-                         read_model_config, read_tensor, verified, write_tensors)
+from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_folder, newest_in, no_safetensors,
+                         one_thread, read_model_config, read_tensor, verified, write_tensors)
 
 # What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -46,15 +47,17 @@ Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
 class ConvertSettings:
     out_dir: FilePath  # folder to write; must not exist
     from_hf: FilePath = ""  # Hugging Face folder to read: Llama, Mistral or Qwen2, in safetensors
-    to_hf: FilePath = ""  # model folder of ours, or a step_* folder, to write as a Hugging Face folder
+    to_hf: FilePath = ""  # model folder, step_* folder or a run's for its newest, to write as a Hugging Face folder
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights written; source: unchanged
     shard_gb: float = 5.0  # with to_hf: a file of weights holds at most so many GB
+    context_length: int = 0  # with to_hf: max_position_embeddings; 0: seq_len of its run, else what the model says
     verify: bool = False  # compare logits and tokenizer with transformers'; on a mismatch write nothing, exit with status 1
 
     def __post_init__(self):
         require(bool(self.from_hf) != bool(self.to_hf), "one of from_hf and to_hf must be given, not "
                 + ("both" if self.from_hf else "none"))
         require(self.shard_gb > 0, f"shard_gb = {self.shard_gb} must be above 0")
+        require(self.context_length >= 0, f"context_length = {self.context_length} must not be negative")
 
 
 # ---- tensors, one at a time
@@ -131,7 +134,8 @@ def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 def config_from_hf(hf: dict, source: Path) -> ModelConfig:
     """The shape that a config.json describes.  Raises UserError on what our model does not compute."""
     kind = hf.get("model_type")
-    check(isinstance(kind, str) and kind in CLASSES, f"{source}: model_type = {kind!r} is not one of {', '.join(CLASSES)}")
+    check(isinstance(kind, str) and kind in CLASSES, f"{source}: model_type = {kind!r} is not one of {', '.join(CLASSES)}; "
+          "README.md, 'How to change it', says where another family goes")
     # transformers 5 writes rope_parameters; 4 rope_theta and rope_scaling, and its older versions type for rope_type.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     check(isinstance(rope, dict), f"{source}: the rotary parameters {rope!r} are not an object")
@@ -212,8 +216,9 @@ def from_hf(settings: ConvertSettings, folder: Path) -> None:
     missing = sorted(set(files) - {path.name for path in source.iterdir()})
     check(not missing, f"{source} lacks the shards {', '.join(missing)} that {index.name} names")
     loaders, dtype = open_safetensors([source / file for file in files])
-    if cfg.tie_embeddings and "lm_head.weight" in loaders and "model.embed_tokens.weight" in loaders:
-        same = torch.equal(loaders.pop("lm_head.weight")(), loaders["model.embed_tokens.weight"]())
+    if cfg.tie_embeddings and "lm_head.weight" in loaders:
+        head = loaders.pop("lm_head.weight")
+        same = torch.equal(head(), loaders.setdefault("model.embed_tokens.weight", head)())  # either name will do
         check(same, f"{source}: tie_word_embeddings is true, but lm_head.weight is not the embedding; if the file is "
               "right, set it to false in config.json")
     write_weights(folder, cfg, loaders, getattr(torch, settings.dtype, dtype), source=settings.from_hf)
@@ -222,6 +227,20 @@ def from_hf(settings: ConvertSettings, folder: Path) -> None:
     if code:
         print(f"carried along, and never run here: {', '.join(code)}, the code of the tokenizer")
     copy_files(source, folder / "assets", (*CARRIED, *code))
+
+
+def trained_context(settings: ConvertSettings, cfg: ModelConfig) -> int:
+    """max_position_embeddings of an export: as asked for, or as its run trained, which is said, or the model's own."""
+    run = Path(settings.to_hf).resolve().parent / "config.json"
+    if settings.context_length:
+        return settings.context_length
+    if not (Path(settings.to_hf) / "state.json").exists() or not run.is_file():
+        return cfg.context_length
+    values = read_json(run)
+    length = values.get("seq_len") if isinstance(values, dict) else None
+    check(type(length) is int and length > 0, f"{run} has no seq_len, by which the model was trained; give --context_length")
+    print(f"max_position_embeddings is {length}, the seq_len of {run.parent}; --context_length for another")
+    return length
 
 
 def to_hf(settings: ConvertSettings, folder: Path) -> None:
@@ -238,7 +257,7 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
     path, unknown = folder / "config.json", {"bos_token_id": None, "eos_token_id": None}  # or transformers takes 1 and 2
     carried = read_json(path) if path.is_file() else unknown
     check(isinstance(carried, dict), f"{source / 'assets' / path.name} is not a JSON object; mend or remove it")
-    config = config_to_hf(cfg, carried, dtype)
+    config = config_to_hf(dataclasses.replace(cfg, context_length=trained_context(settings, cfg)), carried, dtype)
     try:
         check(holds_tokenizer(source / "assets"), f"{source / 'assets'} holds none")
         tokenizer = load_tokenizer(source / "assets")
@@ -275,32 +294,18 @@ def verify(settings: ConvertSettings, folder: Path) -> None:
         sys.exit(1)
 
 
-def verify_tokenizer(settings: ConvertSettings, folder: Path) -> None:
-    """Hold AutoTokenizer on the Hugging Face folder against our own reader.  Exits with status 1 if an export differs."""
-    ours, theirs = (Path(settings.to_hf), folder) if settings.to_hf else (folder, Path(settings.from_hf))
-    try:
-        found = auto_differences(load_tokenizer(ours / "assets"), theirs)
-    except UserError as error:
-        return print(f"verify: no tokenizer was compared: {error}")
-    if not found:
-        return print(f"verify: AutoTokenizer does the same on {len(TEXTS)} texts")
-    print(f"verify: AutoTokenizer on {theirs} differs from run/tokenizer.py: " + "; ".join(found[:3])
-          + f"; {len(found)} differences in all", file=sys.stderr)
-    if settings.to_hf:
-        print("convert.py: an export's tokenizer must be the model's own; nothing written", file=sys.stderr)
-        sys.exit(1)
-    print("note: text is tokenized here as the tokenizer's own file says, and an export will do the same", file=sys.stderr)
-
-
 def main(settings: ConvertSettings) -> None:
     check(not settings.verify or importlib.util.find_spec("transformers") is not None, "--verify compares with "
           "transformers, which is not installed; pip install transformers")
+    settings = dataclasses.replace(settings, from_hf=settings.from_hf and str(hub_snapshot(settings.from_hf)),
+                                   to_hf=settings.to_hf and str(newest_in(settings.to_hf)))
     with new_folder(settings.out_dir) as folder:
         with one_thread():
             (from_hf if settings.from_hf else to_hf)(settings, folder)
         if settings.verify:
             verify(settings, folder)
-            verify_tokenizer(settings, folder)
+            ours, theirs = (settings.to_hf, folder) if settings.to_hf else (folder, settings.from_hf)
+            verify_tokenizer(Path(ours) / "assets", Path(theirs), is_export=settings.to_hf != "")
     print(f"wrote {settings.out_dir}")
 
 

@@ -6,6 +6,7 @@
 The loop is prune.py's without masks; tests/test_training.py holds the two to the same weights.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync, shard,
                            start_processes, used_up, wrap)
 from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.weights import load_weights, read_model_config
+from run.weights import load_weights, newest_in, read_model_config
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, pr
 
 
 def main(cfg: PretrainSettings) -> None:
+    cfg = dataclasses.replace(cfg, init_from=str(newest_in(cfg.init_from)) if cfg.init_from else "")
     with user_errors():
         shape = model_config(cfg)
     if cfg.plan:

@@ -31,7 +31,7 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor, make_optimizer,
                            no_sync, shard, start_processes, used_up, wrap)
 from run.settings import FilePath, TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.weights import latest_checkpoint, load_weights, read_model_config, read_tensors
+from run.weights import latest_checkpoint, load_weights, newest_in, read_model_config, read_tensors
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def shapes(cfg: PruneSettings) -> tuple[ModelConfig, ModelConfig, dict]:
 
 
 def main(cfg: PruneSettings) -> None:
+    cfg = dataclasses.replace(cfg, init_from=str(newest_in(cfg.init_from)))
     source, target, sets = shapes(cfg)
     if cfg.plan:
         return print(report(cfg, source, sets, Parts(Transformer, L0)))

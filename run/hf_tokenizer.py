@@ -8,6 +8,7 @@ by rules of their own.  `differences` holds a second reader against ours over fi
 import json
 import re
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING
 import sentencepiece
 import tiktoken
 
-from run.settings import check, read_json
-from run.tokenizer import PROBE, Tokenizer, has_tokenizers
+from run.settings import UserError, check, read_json
+from run.tokenizer import PROBE, Tokenizer, has_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -92,6 +93,25 @@ def auto_differences(tokenizer: Tokenizer, folder: Path) -> list[str]:
         elif ours is not None and theirs.encode(name, add_special_tokens=False) != [ours]:
             found.append(f"the text {name!r} is not token {ours}")
     return [f"{type(theirs).__name__}: {line}" for line in found]
+
+
+def verify_tokenizer(ours: Path, theirs: Path, *, is_export: bool) -> None:
+    """Hold AutoTokenizer on the folder `theirs` against our reader of `ours`.  Exits with status 1 if an export differs.
+
+    Of a source it is only said: text is tokenized by the tokenizer's own file, whatever transformers makes of it.
+    """
+    try:
+        found = auto_differences(load_tokenizer(ours), theirs)
+    except UserError as error:
+        return print(f"verify: no tokenizer was compared: {error}")
+    if not found:
+        return print(f"verify: AutoTokenizer does the same on {len(TEXTS)} texts")
+    more = f"; {len(found)} differences in all" * (len(found) > 3)
+    print(f"verify: AutoTokenizer differs from run/tokenizer.py on {theirs}: {'; '.join(found[:3])}{more}", file=sys.stderr)
+    if is_export:
+        print("convert.py: an export's tokenizer must be the model's own; nothing written", file=sys.stderr)
+        sys.exit(1)
+    print("note: text is tokenized here as the tokenizer's own file says, and an export will do so too", file=sys.stderr)
 
 
 # ---- writing it

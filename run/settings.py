@@ -264,7 +264,7 @@ class TrainSettings:
     out_dir: FilePath  # folder of this run: config.json, metrics.jsonl, step_*/
     split: str = "train"  # which of prepare.py's splits to train on
     verify_data: bool = True  # hold the token files against their checksums before the first step: a second or two a GB
-    init_from: FilePath = ""  # model folder to start from: convert.py's, compact.py's, or a step_* folder of pretrain.py
+    init_from: FilePath = ""  # model folder to start from: convert.py's, compact.py's, a step_* folder, or a run's newest
     resume: bool = False  # go on from the newest checkpoint in out_dir (from the start if there is none)
 
     domain_weights: dict[str, float] | FilePath = ""  # first share of each domain, sum 1, or a JSON file; "": equal
@@ -380,6 +380,17 @@ def by_domain(name: str, value: dict[str, float] | str) -> dict[str, float]:
             raise ValueError(f"{name} = {value}: the file must map domains to numbers") from None
         check_by_domain(name, values)
         return values
+
+
+def hub_snapshot(folder: str | Path) -> Path:
+    """A Hugging Face folder as it is; of a Hub cache's models--OWNER--NAME the only snapshot, which is said.  UserError."""
+    found = sorted(p for p in Path(folder).glob("snapshots/*") if p.is_dir())
+    if not found or os.path.isfile(os.path.join(folder, "config.json")):
+        return Path(folder)
+    check(len(found) == 1, f"{folder} is a Hub cache's folder of {len(found)} snapshots; give one of "
+          f"{', '.join(map(str, found))}")
+    print(f"{folder} is a Hub cache's folder: taking its snapshot {found[0].name}", flush=True)
+    return found[0]
 
 
 def read_json(path: Path):

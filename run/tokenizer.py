@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 import tiktoken
 
-from run.settings import UserError, check, lfs_pointer, read_json
+from run.settings import UserError, check, hub_snapshot, lfs_pointer, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.json")  # of a folder, the first that is there counts
 # what a tokenizer without any configuration beside it calls its first and its last token
@@ -79,6 +79,7 @@ def holds_tokenizer(folder: Path) -> bool:
 
 def load_path(path: Path) -> Tokenizer:
     if path.is_dir():
+        path = hub_snapshot(path)
         found = [path / name for name in FILES if (path / name).is_file()]
         check(bool(found), f"tokenizer folder {path} has none of {', '.join(FILES)}")
         if found[0].name == "tokenizer.json" and len(found) > 1 and not has_tokenizers():

@@ -36,17 +36,23 @@ def read_model_config(folder: str | Path, config_class: type, name: str = "model
     path = Path(folder) / name
     check(os.path.isdir(folder), f"model folder {folder} " + ("is a file" if os.path.exists(folder) else "does not exist"))
     if not path.is_file():
-        newest, theirs = latest_checkpoint(folder), Path(folder) / "config.json"
-        hint = "convert.py makes one from a Hugging Face checkpoint"
-        if newest is not None:
-            hint = f"it is a run's; did you mean {newest}?"
-        elif theirs.is_file() and '"model_type"' in theirs.read_text(errors="replace"):
+        theirs, hint = Path(folder) / "config.json", "convert.py makes one from a Hugging Face checkpoint"
+        if theirs.is_file() and '"model_type"' in theirs.read_text(errors="replace"):
             hint = f"it is a Hugging Face folder; convert it first: convert.py --from_hf={folder} --out_dir=..."
         raise UserError(f"{folder} has no {name}, so it is none of our model folders; {hint}")
     try:
         return config_class.from_json(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def newest_in(folder: str | Path) -> Path:
+    """A model folder as it is; of a run's folder the newest checkpoint, which rank 0 says."""
+    is_run = os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model_config.json"))
+    newest = latest_checkpoint(folder) if is_run else None
+    if newest is not None and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder} is a run's folder: taking its newest checkpoint, {newest.name}", flush=True)
+    return newest or Path(folder)
 
 
 def sha256(path: Path) -> str:

@@ -1,18 +1,21 @@
 """Conversion is exact in both directions, transformers agrees on the logits, and what cannot be converted is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_model
+from conftest import pretrain_settings, prune_settings, write_model
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 import convert
+import pretrain
+import prune
 from model import ModelConfig, Transformer
 from run import hf_tokenizer
 from run.settings import UserError
@@ -192,7 +195,7 @@ NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 REFUSED = {  # what was done to the source folder -> what the message says
     "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
     "not json": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-    "model_type": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type = 'gpt2' is not one of llama"),
+    "model_type": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type = 'gpt2' is not one of.*README"),
     "hidden_act": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "hidden_act = 'gelu'"),
     "mlp_bias": (lambda f: edit_json(f / "config.json", mlp_bias=True), "mlp_bias"),
     "rope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
@@ -228,6 +231,46 @@ def test_lm_head_in_a_tied_file_is_left_out_if_equal(tmp_path):
     their_model("tied").save_pretrained(tmp_path / "hf")
     put(tmp_path / "hf", "lm_head.weight", load_file(tmp_path / "hf" / "model.safetensors")[EMBEDDING])
     run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours", verify=True)
+
+
+def test_a_tied_file_may_hold_the_head_only(tmp_path):
+    their_model("tied").save_pretrained(tmp_path / "hf")
+    rename(tmp_path / "hf", EMBEDDING, "lm_head.weight")
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours", verify=True)  # transformers reads it so too
+    head = load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(load_file(tmp_path / "ours" / "model.safetensors")[EMBEDDING], head)
+
+
+def test_a_hub_caches_folder(tmp_path, capsys):
+    root = tmp_path / "models--x--y"
+    their_model("llama").save_pretrained(root / "snapshots" / "0123abc")
+    run(from_hf=root, out_dir=tmp_path / "ours", verify=True)
+    assert "models--x--y is a Hub cache's folder: taking its snapshot 0123abc" in capsys.readouterr().out
+    (root / "snapshots" / "4567def").mkdir()
+    with pytest.raises(UserError, match=r"2 snapshots; give one of .*0123abc, .*4567def"):
+        run(from_hf=root, out_dir=tmp_path / "again")
+
+
+def test_a_run_is_exported_with_the_context_that_it_trained(tmp_path, data_dir, source, capsys):
+    """source: of 64 tokens; the run trains sequences of 32."""
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "run", source))
+    run(to_hf=tmp_path / "run", out_dir=tmp_path / "a", verify=True)
+    out = capsys.readouterr().out
+    assert "taking its newest checkpoint, step_0000006" in out and "max_position_embeddings is 32, the seq_len of" in out
+    run(to_hf=tmp_path / "run" / "step_0000003", out_dir=tmp_path / "b", context_length=48)
+    run(to_hf=source, out_dir=tmp_path / "c")
+    lengths = [json.loads((tmp_path / n / "config.json").read_text())["max_position_embeddings"] for n in "abc"]
+    assert lengths == [32, 48, 64]
+    newest = load_file(tmp_path / "run" / "step_0000006" / "model.safetensors")
+    assert same_tensors(load_file(tmp_path / "a" / "model.safetensors"), newest)
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "run" / "step_0000006" / "assets")  # its tokenizer is none
+    (tmp_path / "run" / "step_0000006" / "manifest.json").unlink()
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "next", tmp_path / "run", max_steps=1))
+    assert "/run is a run's folder: taking its newest checkpoint, step_0000006" in capsys.readouterr().out
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["init_from"].endswith("/run/step_0000006")
+    prune.main(prune_settings(data_dir, tmp_path / "pruned", tmp_path / "run", max_steps=1))
+    assert "taking its newest checkpoint, step_0000006" in capsys.readouterr().out
 
 
 def test_refused_shard_masks_and_overwriting(tmp_path):
@@ -336,7 +379,7 @@ def test_verify_holds_the_tokenizers_against_each_other(tmp_path, monkeypatch, c
     run(to_hf=tmp_path / "again", out_dir=tmp_path / "second", verify=True)
     edit_json(tmp_path / "export" / "tokenizer_config.json", auto_map={})
     run(from_hf=tmp_path / "export", out_dir=tmp_path / "third", verify=True)  # of the source it is only said
-    assert "differs from run/tokenizer.py: Qwen2Tokenizer: " in capsys.readouterr().err
+    assert ": Qwen2Tokenizer: " in capsys.readouterr().err
     monkeypatch.setattr(hf_tokenizer, "as_built", lambda content, model_type: True)
     with pytest.raises(SystemExit) as error:
         run(to_hf=tmp_path / "ours", out_dir=tmp_path / "wrong", verify=True)

@@ -148,7 +148,7 @@ CASES = {
         "--reference_loss=.*/model/reference_loss.json"),
     "weights that are no numbers": ("both", lambda p: spoil_weights(p.model, torch.nan), {}, "holds NaN or infinite values"),
     "weights of integers": ("both", lambda p: spoil_weights(p.model, 3), {}, "holds I64 numbers, not F64, F32"),
-    "a run as a model": ("both", nothing, lambda p: dict(init_from=p.pruned), "did you mean .*/pruned/step_0000006"),
+    "a pruning run as a model": ("both", nothing, lambda p: dict(init_from=p.pruned), "pruned/step_0000006 holds masks"),
     "a Hugging Face folder as a model": (
         "both", lambda p: (p.model / "model_config.json").rename(p.model / "config.json").write_text('{"model_type": 1}'),
         {}, r"convert\.py --from_hf=.*/model"),

@@ -205,7 +205,8 @@ CASES = {
         "from_gguf", lambda p: [write_gguf(p, "llama"), os.truncate(p.given / "model.gguf", 40)], {}, "it ends too early"),
     "a GGUF file of another model": ("from_gguf", lambda p: write_gguf(p, "mamba"), {}, "architecture = 'mamba'"),
     "a GGUF file without sizes": ("from_gguf", lambda p: write_gguf(p, "llama"), {}, "no value for vocab_size, hidden_size"),
-    "a run to convert": ("to_hf", nothing, lambda p: dict(to_hf=p.pruned), "did you mean .*/step_0000006"),
+    "a pruning run to convert": ("to_hf", nothing, lambda p: dict(to_hf=p.pruned), "step_0000006 holds masks, .*compact.py"),
+    "a context of no length": ("to_hf", nothing, dict(context_length=-1), "context_length = -1 must not be negative"),
     "masks to convert": ("to_hf", nothing, lambda p: dict(to_hf=p.pruned / "step_0000006"), "run compact.py first"),
     "a Hugging Face folder to convert back": (
         "to_hf", nothing, lambda p: dict(to_hf=p.hf), "convert it first: convert.py --from_hf=.*/hf"),
@@ -216,7 +217,8 @@ CASES = {
         "to_hf", lambda p: (p.model / "assets" / "config.json").write_text("3"), {}, "config.json is not a JSON object"),
     # ---- sample
     "no model to sample": ("sample", nothing, dict(model_dir="nowhere"), "model folder nowhere does not exist"),
-    "a run to sample": ("sample", nothing, lambda p: dict(model_dir=p.pruned), "did you mean .*/step_0000006"),
+    "a pruning run to sample": ("sample", nothing, lambda p: dict(model_dir=p.pruned), "step_0000006 holds masks"),
+    "bytes as a prompt": ("sample", nothing, dict(prompt="a\udcff"), r"prompt = 'a\\udcff' is no text"),
     "masks to sample": ("sample", nothing, lambda p: dict(model_dir=p.pruned / "step_0000006"), "run compact.py first"),
     "a Hugging Face folder to sample": ("sample", nothing, lambda p: dict(model_dir=p.hf), "convert.py --from_hf="),
     "a model without tokenizer": (

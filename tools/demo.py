@@ -127,6 +127,8 @@ def table() -> str:
 
 def main() -> None:
     started = time.perf_counter()
+    if {"--help", "-h"} & {*sys.argv[1:]}:
+        return print(__doc__.strip())
     if sys.argv[1:] not in ([], ["gather"]):
         sys.exit(f"demo.py: unknown argument {sys.argv[1]}; there is only `gather`")
     shutil.rmtree(OUT, ignore_errors=True)

@@ -7,8 +7,8 @@ Every token runs the whole context through the model again: no cache here makes 
 exports it (convert.py --to_hf).
 """
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,12 +18,12 @@ from tqdm import tqdm
 from model import ModelConfig, Transformer
 from run.settings import FilePath, check, require, run_stage
 from run.tokenizer import load_tokenizer
-from run.weights import load_weights, read_model_config
+from run.weights import load_weights, newest_in, read_model_config
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    model_dir: FilePath  # model folder, or a step_* folder; its tokenizer is in assets/
+    model_dir: FilePath  # model folder, step_* folder, or a run's for its newest; its tokenizer is in assets/
     prompt: str = ""  # text to go on from; a BOS token goes before it if the tokenizer has one
     max_new_tokens: int = 200  # a sample ends here, or with EOS
     temperature: float = 0.8  # below 1 the likely tokens become likelier; 0: always the likeliest
@@ -37,6 +37,8 @@ class SampleSettings:
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
         for name in ("temperature", "top_k", "seed"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
+        require(not re.search("[\ud800-\udfff]", self.prompt), f"prompt = {self.prompt!a} is no text: not all of it is "
+                "UTF-8; give it in that encoding")
 
 
 def next_token(logits: Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -65,7 +67,7 @@ def generate(model: Transformer, prompt: list[int], *, max_new_tokens: int, temp
 
 
 def main(settings: SampleSettings) -> None:
-    folder, device = Path(settings.model_dir), settings.device
+    folder, device = newest_in(settings.model_dir), settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     check(device != "cuda" or torch.cuda.is_available(), "device = cuda, but torch sees no CUDA device; take --device=cpu")

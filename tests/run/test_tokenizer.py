@@ -141,6 +141,13 @@ def test_fingerprint_tells_tokenizers_apart(hugging_face, tmp_path):
     assert len({load_tokenizer(s).fingerprint for s in sources}) == len(sources)
 
 
+def test_a_hub_caches_folder(hugging_face, tmp_path):
+    folder = tmp_path / "models--x--y" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_bytes(hugging_face.read_bytes())
+    assert load_tokenizer(tmp_path / "models--x--y").fingerprint == load_tokenizer(folder).fingerprint
+
+
 def test_errors_are_one_line(tmp_path, hugging_face):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk.model").write_bytes(b"\x00junk")

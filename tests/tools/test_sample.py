@@ -1,5 +1,6 @@
 """Samples depend on their seed only, and are what the model's logits say."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,15 @@ def test_a_seed_gives_a_text(folder, capsys):
     torch.manual_seed(99)  # the global generator has no part in it
     assert texts == printed(capsys, folder, prompt="AB", max_new_tokens=30, n_samples=3)
     assert texts[1:2] == printed(capsys, folder, prompt="AB", max_new_tokens=30, seed=1235)
+
+
+def test_a_runs_folder_is_its_newest_checkpoint(folder, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for step in (3, 12):
+        shutil.copytree(folder, tmp_path / "run" / f"step_{step:07d}", ignore=shutil.ignore_patterns("run"))
+    first, text = printed(capsys, tmp_path / "run", prompt="AB")[0].split("\n", 1)
+    assert first == f"{tmp_path / 'run'} is a run's folder: taking its newest checkpoint, step_0000012"
+    assert text == printed(capsys, folder, prompt="AB")[0]
 
 
 @torch.no_grad()
