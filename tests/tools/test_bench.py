@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prune
 from run.settings import UserError, parse_args
-from tools import bench
+from tools import bench, bench_steps
 
 SMALL = dict(hidden_size=32, n_layers=2, n_heads=4, n_kv_heads=4, intermediate_size=48, vocab_size=64, seq_len=16,
              micro_batch_size=2, threads=1, rounds=2, device="cpu")
@@ -47,7 +47,7 @@ def test_peak_memory_is_measured_in_a_fresh_process():
 def test_the_bare_products_are_the_flops_of_a_step(changes):
     cfg = bench.BenchSettings(**SMALL | changes)
     flops = 0
-    for times, rows, inner, columns in bench.product_shapes(cfg):
+    for times, rows, inner, columns in bench_steps.product_shapes(cfg):
         flops += times * 2 * torch.Size(rows).numel() * inner * columns
     assert flops == 2 * 16 * cfg.shape.train_flops_per_token(16)
 
@@ -102,9 +102,9 @@ def test_a_step_without_log_line_reads_nothing_back(tmp_path, data_dir, source, 
 def test_a_step_on_cuda_never_waits(masked, tmp_path):
     cfg = bench.BenchSettings(**SMALL | dict(device="cuda"))
     processes = bench.start_processes(cfg.train_settings())
-    bench.write_tokens(str(tmp_path), cfg)
-    watch = bench.Stopwatch(processes.device)
-    step = bench.build(cfg, processes, "masked" if masked else "dense", str(tmp_path), watch)
+    bench_steps.write_tokens(str(tmp_path), cfg)
+    watch = bench_steps.Stopwatch(processes.device)
+    step = bench_steps.build(cfg, processes, "masked" if masked else "dense", str(tmp_path), watch)
     watch.start()
     step(0)
     torch.cuda.set_sync_debug_mode("error")
