@@ -198,7 +198,8 @@ def run_script(*args: str, processes: int = 1, timeout: int = 240) -> subprocess
 NEEDED = ["--data_dir=data", "--init_from=source"]  # settings of prune.py that have no default, but out_dir
 SETTINGS = {"prepare": "PrepareSettings", "convert": "ConvertSettings", "prune": "PruneSettings",
             "compact": "CompactSettings", "pretrain": "PretrainSettings", "sample": "SampleSettings",
-            "reference_loss": "ReferenceSettings", "plot": "PlotSettings", "gguf_to_hf": "GgufSettings"}
+            "reference_loss": "ReferenceSettings", "plot": "PlotSettings", "gguf_to_hf": "GgufSettings",
+            "shapes": "ShapeSettings"}
 
 
 def module_of(stage: str):

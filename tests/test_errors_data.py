@@ -353,12 +353,13 @@ def test_a_process_of_its_own_says_no_more(place):
 # ---- paths
 
 NO_PATHS = {"split", "text_field", "domain_field", "shard", "steps", "against", "prompt",  # text that names no file
-            "runs"}  # bare arguments: the shell expands them
+            "gpu", "runs"}  # bare arguments: the shell expands them
 REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk"],
             "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
             "convert": ["--out_dir=o"], "prepare": ["--input_dir=i", "--out_dir=o", "--tokenizer=t"],
             "compact": ["--checkpoint=c", "--out_dir=o"], "sample": ["--model_dir=m"],
-            "reference_loss": ["--losses=l", "--n_params=9"], "plot": ["r"], "gguf_to_hf": ["--gguf=g", "--out_dir=o"]}
+            "reference_loss": ["--losses=l", "--n_params=9"], "plot": ["r"], "gguf_to_hf": ["--gguf=g", "--out_dir=o"],
+            "shapes": ["--source=s", "--target_params=1e9"]}
 
 
 def path_settings(cls: type) -> set[str]:
