@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +19,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from conftest import ROOT
 
+from prepare import PrepareSettings
 from run.documents import LeftOut, Source, find_sources, read_documents, say_passed_over
-from run.settings import UserError
+from run.settings import UserError, parse_args
 
 TEXTS = [f"document {i}, é漢😀, with words" for i in range(3000)]
 LINES = [json.dumps({"text": t}).encode() + b"\n" for t in TEXTS]
@@ -390,3 +393,65 @@ def test_urls_that_cannot_be_listed(served):
                       ("http://127.0.0.1:1/x", "cannot be listed")):
         with pytest.raises(UserError, match=said):
             sources(url)
+
+
+# ---- the corpora, by the flags of docs/data.md
+
+DOCS = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("\\\n", " ")
+COMMANDS = [shlex.split(c) for c in re.findall(r"^python prepare.py (.*)", DOCS, re.M)]
+SLIM = ("RedPajamaCommonCrawl", "RedPajamaGithub", "RedPajamaBook", "RedPajamaWikipedia", "RedPajamaStackExchange",
+        "RedPajamaArXiv", "RedPajamaC4")
+SEVEN = ["cc", "github", "book", "wiki", "stackexchange", "arxiv", "c4-rp"]
+CORPORA = {  # input_dir -> files below it and their records, and the domains that come out, with the number of documents
+    "redpajama-v1": (
+        {"arxiv/arxiv_0.jsonl": [{}], "c4/c4-train.00000-of-01024.jsonl": [{}],
+         "common_crawl/2019-30/en_head_0000.jsonl.zst": [{}], "github/filtered_0.sampled.jsonl": [{}],
+         "stackexchange/stackexchange.jsonl": [{}], "wikipedia/wiki.jsonl": [{}]},
+        {name: 1 for name in SEVEN if name != "book"}),
+    "redpajama-v2": (
+        {f"documents/2023-06/{i:04d}/{kind}.json.gz": [{"raw_content": "t", "text": None}] for i in range(3)
+         for kind in ("en_head", "de_head")} | {"quality_signals/2023-06/0000/en_head.signals.json.gz": [{"id": 1}]},
+        {"cc": 3}),
+    "SlimPajama-627B/train": (
+        {f"chunk{i}/example_train_0.jsonl.zst": [{"meta": {"redpajama_set_name": name}} for name in SLIM] for i in (1, 2)},
+        dict.fromkeys(SEVEN, 2)),
+    "dolma-v1_7": ({"books/books-0000.json.gz": [{"source": "gutenberg"}] * 2, "wiki/wiki-0000.json.gz": [{"source": "w"}]},
+                   {"books": 2, "wiki": 1}),
+    "dolma-sample": ({"v1_6-sample/00.json.gz": [{"source": "gutenberg"}, {"source": "wiki"}]}, {"gutenberg": 1, "wiki": 1}),
+    "proof-pile-2": (
+        {f"{d}/{split}/00.jsonl.zst": [{"meta": {}}] for d in ("arxiv", "open-web-math", "algebraic-stack")
+         for split in ("train", "validation", "test")} | {"proof-pile-2.py": [{}]},
+        {"arxiv": 1, "open-web-math": 1, "algebraic-stack": 1}),
+    "hf://datasets/HuggingFaceFW/fineweb-edu": (
+        {"sample/10BT/000_00000.parquet": [{"id": "a"}], "sample/100BT/000_00000.parquet": [{"id": "b"}],
+         "data/CC-MAIN-2024-51/train-00000-of-00014.parquet": [{"id": "c"}], "README.md": [{}]}, {"fineweb-edu": 1}),
+    "pile/train": ({f"{i:02d}.jsonl.zst": [{"meta": {"pile_set_name": n}} for n in ("Pile-CC", "Wikipedia (en)", "ArXiv")]
+                    for i in range(2)}, {"Pile-CC": 2, "Wikipedia_en": 2, "ArXiv": 2}),
+}
+
+
+def packed(name: str, rows: list[dict]) -> bytes:
+    rows = [{"text": f"{name} {i}", **row} for i, row in enumerate(rows)]
+    if name.endswith(".parquet"):
+        return parquet(pyarrow.array([row["text"] for row in rows]))
+    return {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)(records(*rows))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0].removeprefix("--input_dir="))
+def test_the_corpora_are_read_by_the_flags_of_the_docs(command, tmp_path, memory):
+    cfg = parse_args(PrepareSettings, command)
+    files, expected = CORPORA[cfg.input_dir]
+    where = f"{tmp_path}/{cfg.input_dir}"
+    if "://" in cfg.input_dir:
+        where = "memory://hub"
+        for name, rows in files.items():
+            memory.pipe(f"/hub/{name}", packed(name, rows))
+    else:
+        for name, rows in files.items():
+            write(Path(where) / name, packed(name, rows))
+    texts, left_out = found(where, text_field=cfg.text_field, domain_field=cfg.domain_field, domains=cfg.domains)
+    assert ({domain: len(t) for domain, t in texts.items()}, left_out) == (expected, [])
+
+
+def test_every_corpus_has_its_flags():
+    assert {command[0].removeprefix("--input_dir=") for command in COMMANDS} == CORPORA.keys()
