@@ -146,6 +146,7 @@ def main() -> None:
     load_in_transformers(OUT / "export")
     run("-m", "tools.sample", f"--model_dir={OUT}/continue/step_0000300", "--prompt=Enter ROMEO",
         "--max_new_tokens=80", "--n_samples=1")
+    run("-m", "tools.plot", f"{OUT}/prune")
     last = json.loads((OUT / "prune" / "metrics.jsonl").read_text().splitlines()[-2])
     gaps = {k.split("/")[1]: abs(v - last["target_" + k]) for k, v in last.items() if k.startswith("sparsity/")}
     print("\nexpected sparsity from its target: " + ", ".join(f"{k} {v:.4f}" for k, v in gaps.items()))
