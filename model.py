@@ -234,7 +234,9 @@ class Attention(nn.Module):
             context = flash_attn_func(q, k, v, causal=True)  # (B, T, H, h)
         else:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, h)
-            context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K).transpose(1, 2)
+            if H != K and q.is_cuda and q.dtype == torch.float32:  # its one kernel with groups forms all T x T scores
+                k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, T, h)
+            context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != H).transpose(1, 2)
         columns = None if z["head"] is None else z["head"].repeat_interleave(h)  # (H*h)
         return masked_linear(context.reshape(B, T, H * h), self.o_proj, rows=z["attention_out"], columns=columns)
 
@@ -299,6 +301,8 @@ class Transformer(nn.Module):
         masks = masks or {}
         hidden = masks.get("hidden")
         x = self.model["embed_tokens"](tokens)  # (B, T, d)
+        if torch.is_autocast_enabled(x.device.type):  # the stream is as wide as it is under FSDP, whose weights come cast
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if hidden is not None:
             x = x * hidden.to(x.dtype)
         cos, sin = rope_tables(self.cfg, tokens.shape[1], tokens.device)

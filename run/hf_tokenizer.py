@@ -13,13 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import sentencepiece
-import tiktoken
-
 from run.settings import UserError, check, read_json
 from run.tokenizer import PROBE, Tokenizer, has_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:
+    import sentencepiece
+    import tiktoken
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 # This class takes tokenizer.json as it is, in transformers 4 and 5.  clean_up would drop spaces from decoded text.
@@ -142,7 +141,7 @@ def export_tokenizer(folder: Path, tokenizer: Tokenizer, model_type: str) -> Non
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     # others would take these first, or not at all; a tokenizer.model of SentencePiece's stays, which llama.cpp reads
     stale = [name for name in ("tekken.json", "tiktoken.json", "tokenizer.model") if (folder / name).is_file()
-             and (name != "tokenizer.model" or isinstance(tokenizer.wrapped, tiktoken.Encoding))]
+             and (name != "tokenizer.model" or made_by(tokenizer) == "tiktoken")]
     for name in stale:
         (folder / name).unlink()
     if stale:
@@ -153,7 +152,7 @@ def write_json_tokenizer(folder: Path, tokenizer: Tokenizer, *, add_bos: bool) -
     """tokenizer.json of a SentencePiece or tiktoken tokenizer.  Raises UserError if it would not do the same."""
     from tokenizers import processors
 
-    build = from_sentencepiece if isinstance(tokenizer.wrapped, sentencepiece.SentencePieceProcessor) else from_tiktoken
+    build = from_sentencepiece if made_by(tokenizer) == "sentencepiece" else from_tiktoken
     model, special = build(tokenizer.wrapped)
     model.add_special_tokens(special)
     model.encode_special_tokens = True  # here, as in tokenizer.py, their names are text; the file does not hold this
@@ -181,7 +180,12 @@ def as_built(content: dict, model_type: str) -> bool:
     return content.get("normalizer") == normalizer and splits[0].get("pattern") == {"Regex": pattern}
 
 
-def from_tiktoken(encoding: tiktoken.Encoding) -> tuple["HuggingFaceTokenizer", list[str]]:
+def made_by(tokenizer: Tokenizer) -> str:
+    """The package that a tokenizer is of: none is imported for the question."""
+    return type(tokenizer.wrapped).__module__.split(".")[0]
+
+
+def from_tiktoken(encoding: "tiktoken.Encoding") -> tuple["HuggingFaceTokenizer", list[str]]:
     """The same byte-level BPE, and the names of its special tokens.
 
     tiktoken joins the two neighbours whose bytes together have the lowest rank, so each way to cut a token in two others
@@ -234,7 +238,7 @@ def message(data: bytes) -> dict[int, list]:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces (sentencepiece_model.proto)
 
 
-def from_sentencepiece(sp: sentencepiece.SentencePieceProcessor) -> tuple["HuggingFaceTokenizer", list[str]]:
+def from_sentencepiece(sp: "sentencepiece.SentencePieceProcessor") -> tuple["HuggingFaceTokenizer", list[str]]:
     """The same unigram, BPE or character model and normalisation, and the names of its special tokens.
 
     Fields by their number in sentencepiece_model.proto, with the defaults that it gives them.  Raises UserError.

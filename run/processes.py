@@ -111,7 +111,13 @@ def start_processes(settings: TrainSettings) -> Processes:
     check(kind != "cuda" or local_rank < torch.cuda.device_count(),
           f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    dtype = {"auto": torch.bfloat16 if kind == "cuda" else torch.float32,
+    if kind == "cuda":
+        # micro-batches, evaluations and saves ask for blocks of many sizes, and what lies free between them would be lost
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # before sm_80 a GPU has no bf16 products, and emulates them
+    fast = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    dtype = {"auto": torch.bfloat16 if fast else torch.float32,
              "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     if settings.attention == "flash_attn":
         check(kind == "cuda" and dtype == torch.bfloat16, f"attention = flash_attn needs cuda and bfloat16, not {kind} "
@@ -124,9 +130,6 @@ def start_processes(settings: TrainSettings) -> Processes:
     check(settings.logger == "none" or importlib.util.find_spec(settings.logger) is not None, f"logger = {settings.logger}, "
           f"but the package is not installed; pip install {settings.logger}, or take --logger=none")
     if kind == "cuda":
-        # micro-batches, evaluations and saves ask for blocks of many sizes, and what lies free between them would be lost
-        if "PYTORCH_ALLOC_CONF" not in os.environ:
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     cpus = None
     if world > 1:
@@ -142,7 +145,7 @@ def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn
     The shards stay fp32; layers compute in the dtype of autocast, and gradients are summed in fp32.  Inputs are not cast:
     masks stay fp32.
     """
-    if settings.parallel == "fsdp" and processes.world > 1:
+    if settings.parallel == "fsdp" and dist.is_initialized():
         low = None if processes.dtype == torch.float32 else processes.dtype
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(processes.device.type, (processes.world,))
@@ -158,7 +161,7 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
     """
     if settings.compile:
         compile_layers(model)
-    if processes.world == 1 or settings.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
+    if not dist.is_initialized() or settings.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

@@ -241,7 +241,7 @@ def run_stage(main: Callable, cls: type) -> None:
         status = getattr(error, "status", 2)
         os._exit(status) if in_process_group() else sys.exit(status)  # a process group's threads can hang a clean exit
     except RuntimeError as error:
-        if not in_process_group() or "gloo" not in str(error):
+        if not in_process_group() or not any(name in str(error).lower() for name in ("gloo", "nccl")):
             raise
         print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']}: another process died, or did not answer within "
               f"timeout_minutes: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
@@ -299,7 +299,7 @@ class TrainSettings:
 
     device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     parallel: typing.Literal["ddp", "fsdp"] = "ddp"  # a copy of all on each device, or all sharded over them (FSDP2)
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda, else float32
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 from sm_80, else float32
     attention: typing.Literal["sdpa", "flash_attn"] = "sdpa"  # torch's own, or the flash-attn package (cuda, bfloat16)
     compile: bool = False  # torch.compile each layer
     # what of a layer is computed again in the backward pass: nothing; all but products and attention, which costs little

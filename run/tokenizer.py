@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import sentencepiece
-import tiktoken
 
 from run.settings import UserError, check, hub_snapshot, lfs_pointer, read_json
+
+if TYPE_CHECKING:
+    import tiktoken
 
 FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.json")  # of a folder, the first that is there counts
 # what a tokenizer without any configuration beside it calls its first and its last token
@@ -102,6 +104,8 @@ def load_path(path: Path) -> Tokenizer:
 
 
 def load_sentencepiece(path: Path) -> Tokenizer:
+    import sentencepiece  # here, as tiktoken below: training needs neither
+
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     size, bos, eos = model.vocab_size(), model.bos_id(), model.eos_id()  # -1: none
     return Tokenizer(lambda texts: [np.array(ids, np.int64) for ids in model.encode(texts, num_threads=1)],
@@ -110,6 +114,8 @@ def load_sentencepiece(path: Path) -> Tokenizer:
 
 
 def load_tiktoken_name(name: str) -> Tokenizer:
+    import tiktoken
+
     known = tiktoken.list_encoding_names()
     check(name in known, f"tokenizer {name} is no file or folder, and no encoding of tiktoken: {', '.join(known)}")
     try:
@@ -127,6 +133,8 @@ def load_llama3(path: Path) -> Tokenizer:
     check(len(ranks) <= 128_000, f"tokenizer {path} has {len(ranks)} ranks, Llama 3's has 128000: another split pattern "
           "belongs to it, which the file does not say; give the model's tokenizer.json")
     special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
+    import tiktoken
+
     encoding = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={name: len(ranks) + i for i, name in enumerate(special)})
     return wrap_tiktoken(encoding, {"tokenizer.model": path.read_bytes()})
@@ -139,11 +147,13 @@ def load_tekken(path: Path, content: dict) -> Tokenizer:
     ranks = {base64.b64decode(v["token_bytes"]): first + v["rank"] for v in content["vocab"]
              if first + v["rank"] < config["default_vocab_size"]}
     special = {v["token_str"]: v["rank"] for v in content.get("special_tokens") or ()} or {"<s>": 1, "</s>": 2}
+    import tiktoken
+
     encoding = tiktoken.Encoding(path.name, pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens=special)
     return wrap_tiktoken(encoding, {"tekken.json": path.read_bytes()})
 
 
-def wrap_tiktoken(encoding: tiktoken.Encoding, files: dict[str, bytes]) -> Tokenizer:
+def wrap_tiktoken(encoding: "tiktoken.Encoding", files: dict[str, bytes]) -> Tokenizer:
     special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     ordinary = set(encoding._mergeable_ranks.values())  # an id can also be unused, and decoding that raises
     bos, eos = choose_special(special.get, BOS_NAMES), choose_special(special.get, EOS_NAMES)

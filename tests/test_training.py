@@ -161,6 +161,20 @@ def test_sharded_and_whole_runs_resume_each_other(tmp_path, data_dir, source, st
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_sharded_and_whole_runs_are_one_in_bf16(tmp_path, data_dir, source, stage):
+    """FSDP rounds weights that DDP does not: norms', and those that masks scale.  So to three digits, not to the bit."""
+    make = STAGES[stage][1]
+    for parallel in ("ddp", "fsdp"):
+        cfg = make(data_dir, tmp_path / parallel, source, parallel=parallel, dtype="bfloat16", max_steps=12, eval_interval=6)
+        done = run_script(f"{stage}.py", *flags(cfg), processes=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for read in (train_lines, eval_lines):
+        ddp, fsdp = (read(tmp_path / parallel) for parallel in ("ddp", "fsdp"))
+        name = "loss" if read is train_lines else "eval_loss"
+        assert [x[name] for x in fsdp] == pytest.approx([x[name] for x in ddp], rel=1e-3)
+
+
 # ---- masks
 
 

@@ -1,6 +1,7 @@
 """What wraps the model: compiled layers under FSDP and DDP."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from l0 import L0, mask_sets
-from run.processes import Processes, shard, wrap
+from run.processes import Processes, shard, start_processes, wrap
 
 CPU = torch.device("cpu")
 LAYERS = 10  # more than the graphs that torch makes of one function before it gives up
@@ -83,3 +84,32 @@ def test_every_product_of_every_layer_is_in_one_shared_graph(graphs, group, mask
         eager = random_model(shape)
         with processes.autocast():
             assert losses == pytest.approx([float(eager(tokens, tokens, masks.sample(0, 0, 0)).detach())] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("group", ["fsdp", "ddp"], indirect=True)
+def test_the_residual_stream_is_as_wide_sharded_as_whole(group, source):
+    processes, widths = Processes(0, 8, CPU, torch.bfloat16), []
+    settings = pretrain_settings("data", "out", source, parallel=group)
+    model = shard(random_model(tiny_config()), settings, processes)
+    for layer in model.model["layers"]:
+        layer.register_forward_hook(lambda module, args, output: widths.extend([args[0].dtype, output.dtype]))
+    with processes.autocast():
+        model(random_tokens(tiny_config()), random_tokens(tiny_config()))
+    assert widths == [torch.bfloat16] * 8
+
+
+def test_auto_takes_bf16_where_products_are_bf16(monkeypatch, source):
+    """And asks for an allocator that loses little, unless the user has asked for another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((10, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        for own in (None, "backend:cudaMallocAsync"):
+            monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+            monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+            if own:
+                monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
+            processes = start_processes(pretrain_settings("data", "out", source, device="cuda"))
+            assert processes.dtype == dtype and processes.device == torch.device("cuda", 0)
+            assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == (own or "expandable_segments:True")
