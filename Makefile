@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# with the Python that is there: a machine with a GPU may have its own torch, and no network
+gpu:
+	$(PYTHON) -m tools.gpu_check
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 # torchrun --nnodes=2 --nproc_per_node=8 pretrain.py configs/pretrain_1.3b.py
 # The compacted 1.3B, continued: the published recipe, with this size's own reference losses.
-# 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 4 micro-steps x 4 sequences.
+# 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 2 micro-steps x 8 sequences.
 init_from = "out/1.3b_compact"
 data_dir = "data/redpajama"
 out_dir = "out/pretrain_1.3b"
@@ -14,7 +14,7 @@ excess = "signed"  # as released; "clipped", the default, is the paper's
 
 seq_len = 4096
 global_batch_size = 256
-micro_batch_size = 4  # published: 16; 46 GB a GPU by --plan=16
+micro_batch_size = 8  # published: 16; 65 GB a GPU by --plan=16
 max_steps = 48000
 learning_rate = 1e-4
 warmup_steps = 1440

@@ -1,0 +1,92 @@
+"""`make gpu`: its checks on a GPU where there is one, and on the CPU what shows that they work."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from model import RMSNorm
+from tools import gpu_cases, gpu_check
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", gpu_cases.CHECKS)
+def test_on_a_gpu(name):
+    print(gpu_cases.CHECKS[name](torch.device("cuda", 0)))
+
+
+def test_what_is_checked():
+    assert list(gpu_cases.CHECKS) == [
+        "a step never waits", "masked is compacted", "a resumed run is the same to the bit",
+        "ddp and fsdp are the plain model", "flash attn is sdpa", "compiled is eager"]
+
+
+def test_a_check_finds_a_difference(monkeypatch):
+    """DDP and FSDP against the plain model, once as it is and once with a norm that counts other dimensions there."""
+    check, plain = gpu_cases.CHECKS["ddp and fsdp are the plain model"], RMSNorm.forward
+    assert check(CPU).startswith("ddp: ")
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x, z: plain(
+        self, x, None if torch.distributed.is_initialized() else z))
+    with pytest.raises(AssertionError, match="ddp: they differ by"):
+        check(CPU)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_check_that_fails_keeps_no_other_from_running(monkeypatch):
+    def fails(device):
+        raise RuntimeError("CUDA error:\nwhatever")
+
+    monkeypatch.setattr(gpu_check, "CHECKS", {"a": fails, "b": lambda device: "1e-9"})
+    lines, failed = gpu_check.run_checks(CPU)
+    assert failed == 1 and lines[2:] == ["| a | **failed**: RuntimeError: CUDA error: whatever |", "| b | 1e-9 |"]
+
+
+def test_goals_are_held_against_what_was_measured():
+    def step(tokens, mfu, size, planned):
+        return dict(tokens=tokens, mfu=mfu, bytes=size, planned=planned)
+
+    found = {("1.3B", "dense", False): step(100, 0.45, 50e9, 51e9), ("1.3B", "dense", True): step(120, 0.54, 40e9, None),
+             ("1.3B", "masked", False): step(90, 0.41, 50e9, 60e9), ("370M", "dense", True): step(900, 0.99, 1e9, None)}
+    assert [line.rpartition(": ")[2] for line in gpu_check.goals(found)] == ["met", "**missed**", "**missed**"]
+    assert "54.0% MFU" in gpu_check.goals(found)[0] and "0.750" in gpu_check.goals(found)[1]
+    assert "could not be measured" in gpu_check.goals({})[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu_it_says_so_and_needs_few_packages(tmp_path):
+    """Whatever is neither torch, numpy, safetensors, tqdm, transformers nor one of their own requirements is hidden."""
+    hidden = ["sentencepiece", "tiktoken", "pytest", "hypothesis", "gguf", "zstandard", "pyarrow", "matplotlib",
+              "tensorboard", "wandb", "flash_attn", "google", "scipy", "pandas"]
+    code = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Hide(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {hidden}:
+            raise ModuleNotFoundError("hidden: " + name)
+
+sys.meta_path.insert(0, Hide())
+import compact, convert, prepare, pretrain, prune, tools.bench, tools.gpu_check
+from run.settings import run_stage
+sys.argv = ["gpu_check", "--out={tmp_path / 'gpu.md'}"]
+run_stage(tools.gpu_check.main, tools.gpu_check.GpuSettings)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "gpu_check: torch sees no CUDA device here: 0 passed\n", done.stderr
+    assert not (tmp_path / "gpu.md").exists()
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs(tmp_path):
+    done = run_script("-m", "tools.gpu_check", "--device=cpu", '--parts=["pipeline"]', "--steps=2",
+                      f"--out={tmp_path / 'gpu.md'}", timeout=900)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "gpu.md").read_text()
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("| ")] == [
+        "stage", "prepare", "pretrain", "prune", "compact", "pretrain", "convert"]
