@@ -254,6 +254,8 @@ def train_sentencepiece(lines: Iterable[str], size: int) -> bytes:
             stopped.append(error)
             raise
 
+    import sentencepiece
+
     try:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=pieces(), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,

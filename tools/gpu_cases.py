@@ -21,7 +21,8 @@ from l0 import L0, mask_sets
 from model import ModelConfig, Transformer, init_weights
 from run.processes import Processes, shard, start_processes, wrap
 from run.weights import latest_checkpoint, load_weights, read_model_config, write_assets, write_tensors
-from tools.bench import BenchSettings, Stopwatch, build, write_tokens
+from tools.bench import BenchSettings
+from tools.bench_steps import Stopwatch, build, write_tokens
 
 SMALL = ModelConfig(vocab_size=2048, hidden_size=256, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64,
                     intermediate_size=688)
