@@ -17,7 +17,7 @@ import prepare
 import pretrain
 import prune
 from run.settings import parse_args
-from tools import bench, gguf_to_hf, importance, plot, reference_loss, sample, scaling, shapes
+from tools import bench, demo, gguf_to_hf, importance, plot, reference_loss, sample, scaling, shapes
 
 README = Path("README.md").read_text(encoding="utf-8")
 DOCS = README + "".join(p.read_text(encoding="utf-8") for p in sorted(Path("docs").glob("*.md")))
@@ -29,7 +29,6 @@ SETTINGS = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSet
             "-m tools.plot": plot.PlotSettings, "-m tools.shapes": shapes.ShapeSettings}
 COMMANDS = [c for c in re.findall(r"(?:python|torchrun [^\n`]*?) ?((?:-m tools\.\w+|\w+\.py) [^\n`]*)",
                                   DOCS.replace("\\\n", " ")) if not c.startswith("-m tools.demo")]
-CPU_COMMANDS = next(block for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) if "SMOLLM2" in block)
 
 
 def command_of(line: str) -> tuple[str, list[str]]:
@@ -56,23 +55,66 @@ def test_every_setting_and_file_named_exists():
         assert Path(path).is_file(), path
 
 
+def shell(script: str, folder: Path, path: Path | str) -> subprocess.CompletedProcess:
+    """`bash configs/NAME.sh` in a folder, with `python` and `torchrun` of this path."""
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    return subprocess.run(["bash", Path("configs", script).resolve()], cwd=folder, env=environment, capture_output=True,
+                          text=True)
+
+
+def test_the_recipe_runs_its_stages_in_order_and_each_one_once(tmp_path):
+    """With programs that only make the folder a stage would make, and fail where they are told to."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!{sys.executable}\n" + """import pathlib, sys
+arguments = " ".join(sys.argv[1:])
+with open("log", "a") as log:
+    log.write(arguments + "\\n")
+if pathlib.Path("stop").exists() and "prune.py" in arguments:
+    sys.exit(75)
+for words, folder in (("--from_hf", "models/llama2-7b"), ("prune.py configs", "out/7b_to_1.3b/step_0003200"),
+                      ("compact.py", "out/1.3b_compact"), ("pretrain.py", "out/pretrain_1.3b/step_0048000"),
+                      ("--to_hf", "export/1.3b")):
+    if words in arguments:
+        pathlib.Path(folder).mkdir(parents=True)
+""")
+        program.chmod(0o755)
+    (tmp_path / "stop").touch()
+    first = shell("7b_to_1.3b.sh", tmp_path, tmp_path / "bin")
+    assert first.returncode == 75 and not (tmp_path / "out").exists()  # it stops where a stage was stopped
+    (tmp_path / "stop").unlink()
+    second = shell("7b_to_1.3b.sh", tmp_path, tmp_path / "bin")
+    assert second.returncode == 0, second.stderr
+    runs = (tmp_path / "log").read_text().splitlines()
+    stages = [re.search(r"(\w+)\.py", run)[1] for run in runs]
+    assert stages == ["prepare", "convert", "prune", "prepare", "prune", "compact", "pretrain", "convert"]
+    assert all("--resume" in run for run, stage in zip(runs, stages) if stage in ("prune", "pretrain"))
+    shell("7b_to_1.3b.sh", tmp_path, tmp_path / "bin")
+    assert len((tmp_path / "log").read_text().splitlines()) == len(runs) + 1  # prepare.py finds by itself that it is done
+    for run in runs:  # the flags are those of the stages
+        words = shlex.split(run)
+        at = next(i for i, word in enumerate(words) if word.endswith(".py") and "/" not in word)
+        parse_args(SETTINGS[words[at]], words[at + 1:])
+
+
 @pytest.mark.slow
-def test_cpu_commands_run(tmp_path):
-    """The block about SmolLM2, typed in a copy of the repository: the masks move as asked, the export is checked there."""
+def test_the_small_recipe_ends_at_an_export_that_training_made_better(tmp_path):
+    """configs/smollm2.sh, in a copy of the repository, on a share of the demo's text; a second time it has nothing to do."""
     for path in (*Path(".").glob("*.py"), *map(Path, ("configs", "run", "tools"))):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(["bash", "-euc", CPU_COMMANDS], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out/smollm2/prune/metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert len(steps) == 20
-    for name in ("hidden", "layer", "intermediate", "kv_head"):
-        sparsity = [line[f"sparsity/{name}"] for line in steps]
-        assert sparsity[-1] > sparsity[9] > sparsity[0]  # it climbs with its target
+    demo.BYTES_PER_DOMAIN = 400_000
+    demo.gather(tmp_path / "out/demo/raw")
+    first = shell("smollm2.sh", tmp_path, Path(sys.executable).parent)
+    assert first.returncode == 0, first.stderr[-3000:]
     config = json.loads((tmp_path / "out/smollm2/export/config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"],
-            config["intermediate_size"]) == (384, 26, 6, 2, 1024)
+            config["intermediate_size"]) == (448, 26, 6, 2, 1152)
+    lines = [json.loads(line) for line in (tmp_path / "out/smollm2/continue/metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    second = shell("smollm2.sh", tmp_path, Path(sys.executable).parent)
+    assert second.returncode == 0 and "wrote" not in second.stdout and "step" not in second.stdout
 
 
 @pytest.mark.parametrize("stage", SETTINGS)
