@@ -4,8 +4,8 @@
     python -m tools.scaling --what=paper
 
 growth: steps of pretrain.py (bench.py's) over hidden sizes and sequence lengths, in CPU seconds of one thread, and
-t = c x^a fitted to the larger half of each.  paper: tokens a second and GPU for Llama-2-7B -> 1.3B, from operations,
-bandwidths and message sizes alone; every assumption is a number below.
+t = c x^a fitted to the larger half of each.  paper: tokens a second and GPU for Llama-2-7B -> 1.3B by what run/cost.py
+counts of a step, with its assumptions.
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from model import ModelConfig
+from model import ModelConfig, Transformer
+from pretrain import PretrainSettings
+from run.cost import LINKS, PRODUCTS, TRAFFIC, Parts, per_device, run_seconds
 from run.metrics import PEAK_FLOPS
 from run.processes import start_processes
 from run.settings import FilePath, check, run_stage
@@ -84,64 +86,37 @@ def growth(cfg: ScalingSettings) -> None:
 # ---- on paper
 
 
-@dataclass(frozen=True)
-class Machine:
-    gpu: str  # a key of PEAK_FLOPS
-    memory: float  # bytes a second of one GPU's memory, data sheet
-    inside: float  # bytes a second and direction between the GPUs of a node (NVLink), a GPU, data sheet
-    between: float  # bytes a second and direction between nodes, a GPU: one InfiniBand port each (HDR 200, NDR 400)
-
-
-MACHINES = {"A100": Machine("A100", 2.04e12, 300e9, 25e9), "H100": Machine("H100", 3.35e12, 450e9, 50e9)}
-PRODUCTS = 0.60  # share of the peak that forward and backward reach: assumed, the upper end of open trainers
-LINKS = 0.75  # share of a link's rate that collectives reach: assumed
 SHAPES = {"7B": (4096, 32, 32, 11008), "2.7B": (2560, 32, 20, 6912), "1.3B": (2048, 24, 16, 5504)}  # d, L, H, f
-RUNS = [  # shape, parallel, GPU, GPUs, sequences of a step, recomputes, published tokens a second and A100 (authors' README)
-    ("7B", "fsdp", "A100", 8, 32, True, 1844), ("7B", "fsdp", "H100", 8, 32, True, None),
-    ("7B", "fsdp", "A100", 128, 128, True, None), ("7B", "fsdp", "H100", 128, 128, True, None),
-    ("2.7B", "ddp", "A100", 16, 256, True, 4957), ("1.3B", "ddp", "A100", 16, 256, True, 8684),
-    ("1.3B", "ddp", "A100", 8, 256, True, None), ("1.3B", "ddp", "H100", 8, 256, True, None),
-    ("1.3B", "ddp", "A100", 128, 256, True, None), ("1.3B", "ddp", "H100", 128, 256, True, None)]
+RUNS = [  # shape, parallel, GPU, GPUs, sequences, micro-batch, published tokens a second and A100 (authors' README)
+    ("7B", "fsdp", "A100", 8, 32, 2, 1844), ("7B", "fsdp", "H100", 8, 32, 2, None),
+    ("7B", "fsdp", "A100", 128, 128, 1, None), ("7B", "fsdp", "H100", 128, 128, 1, None),
+    ("2.7B", "ddp", "A100", 16, 256, 2, 4957), ("1.3B", "ddp", "A100", 16, 256, 8, 8684),
+    ("1.3B", "ddp", "A100", 8, 256, 8, None), ("1.3B", "ddp", "H100", 8, 256, 8, None),
+    ("1.3B", "ddp", "A100", 128, 256, 2, None), ("1.3B", "ddp", "H100", 128, 256, 2, None)]
 SEQ_LEN = 4096
 
 
-def llama(name: str) -> ModelConfig:
-    d, L, H, f = SHAPES[name]
-    return ModelConfig(vocab_size=32000, hidden_size=d, n_layers=L, n_heads=H, n_kv_heads=H, head_dim=128,
-                       intermediate_size=f)
-
-
-def on_paper(name: str, parallel: str, machine: Machine, gpus: int, sequences: int, recompute: bool) -> dict[str, float]:
-    """Seconds of one step and what follows, without accumulation in micro-batches.
-
-    fsdp gathers bf16 weights for the forward and again for the backward pass and scatters fp32 gradients; ddp all-reduces
-    fp32 gradients.  A ring over more than one node is as fast as its slowest link.
-    """
-    shape = llama(name)
-    n, tokens = shape.n_params(), sequences / gpus * SEQ_LEN  # of one GPU
-    flops = tokens * shape.train_flops_per_token(SEQ_LEN)
-    head = tokens * 6 * shape.vocab_size * shape.hidden_size
-    again = (flops - head) / 3 if recompute else 0.0  # the layers' forward pass once more
-    compute = (flops + again) / (PRODUCTS * PEAK_FLOPS[machine.gpu])
-    link = LINKS * (machine.inside if gpus <= 8 else machine.between)
-    sent = (gpus - 1) / gpus * n * (2 + 2 + 4 if parallel == "fsdp" else 2 * 4)  # bytes by each GPU
-    update = 28 * n / (gpus if parallel == "fsdp" else 1) / machine.memory  # AdamW: reads 4 fp32 numbers, writes 3
-    best, worst = max(compute, sent / link) + update, compute + sent / link + update
-    return {"compute": compute, "messages": sent / link, "update": update, "best": tokens / best, "worst": tokens / worst,
-            "mfu": flops / best / PEAK_FLOPS[machine.gpu]}
-
-
 def paper() -> None:
-    print(f"products at {PRODUCTS:.0%} of the peak, links at {LINKS:.0%} of theirs, sequences of {SEQ_LEN}; tokens/s a GPU")
-    row = "{:<6}{:>11}{:>11}{:>12}{:>10}{:>12}{:>9}{:>8}{:>11}{:>9}"
-    print(row.format("model", "GPUs", "compute s", "messages s", "update s", "overlapped", "in turn", "MFU", "published",
+    """One step of each run by run/cost.py's count, which --plan tells of any config: selective checkpointing, dense."""
+    print(f"products at {PRODUCTS:.0%} of the peak, memory at {TRAFFIC:.0%}, links at {LINKS:.0%}, sequences of {SEQ_LEN}; "
+          "tokens/s a GPU")
+    row = "{:<6}{:>11}{:>12}{:>12}{:>12}{:>10}{:>10}{:>8}{:>11}{:>9}"
+    print(row.format("model", "GPUs", "products s", "all else s", "messages s", "eager", "compiled", "MFU", "published",
                      "its MFU"))
-    for name, parallel, gpu, gpus, sequences, recompute, published in RUNS:
-        r = on_paper(name, parallel, MACHINES[gpu], gpus, sequences, recompute)
-        its = (published or 0) * llama(name).train_flops_per_token(SEQ_LEN) / PEAK_FLOPS[gpu]
-        print(row.format(name, f"{gpus} x {gpu}", f"{r['compute']:.2f}", f"{r['messages']:.2f}", f"{r['update']:.3f}",
-                         f"{r['best']:,.0f}", f"{r['worst']:,.0f}", f"{r['mfu']:.1%}", published or "",
-                         f"{its:.1%}" if its else ""))
+    for name, parallel, gpu, gpus, sequences, micro, published in RUNS:
+        d, L, H, f = SHAPES[name]
+        shape = ModelConfig(vocab_size=32000, hidden_size=d, n_layers=L, n_heads=H, n_kv_heads=H, head_dim=128,
+                            intermediate_size=f)
+        eager = PretrainSettings(data_dir="-", out_dir="-", init_from="-", update="constant", seq_len=SEQ_LEN, max_steps=1,
+                                 parallel=parallel, global_batch_size=sequences, micro_batch_size=micro, device="cuda")
+        _, step = per_device(shape, {}, eager, Parts(Transformer), gpus, checkpointing="selective")
+        found = [run_seconds(shape, cfg, step, gpus, gpu, domains=0, checkpoint_bytes=0)
+                 for cfg in (eager, dataclasses.replace(eager, compile=True))]
+        rates = [sequences * SEQ_LEN / gpus / each["in all"] for each in found]
+        flops = shape.train_flops_per_token(SEQ_LEN) / PEAK_FLOPS[gpu]
+        print(row.format(name, f"{gpus} x {gpu}", f"{found[0]['products']:.2f}", f"{found[0]['all else']:.2f}",
+                         f"{found[0]['messages']:.2f}", f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{rates[1] * flops:.1%}",
+                         published or "", f"{published * flops:.1%}" if published else ""))
 
 
 def main(cfg: ScalingSettings) -> None:
