@@ -316,14 +316,14 @@ class Decompressed(io.RawIOBase):
                             raise Unreadable("it is empty")
                         return 0
                 self.rest, self.stream = rest, self.new_stream()
-            chunk = b""
-            if self.stream.needs_input:
+            chunk, hungry = b"", self.stream.needs_input
+            if hungry:
                 chunk, self.rest = self.rest or self.file.read(READ_BYTES), b""
             data = self.stream.decompress(chunk, len(buffer))
             if data:
                 buffer[:len(data)] = data
                 return len(data)
-            if not chunk and self.stream.needs_input and not self.stream.eof:
+            if hungry and not chunk and not self.stream.eof:
                 raise Unreadable("it is truncated: it ends inside a compressed stream")
 
 

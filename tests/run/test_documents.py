@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import random
 import re
 import shlex
 import threading
@@ -106,6 +107,21 @@ def test_is_read_whole(name, tmp_path):
     write(tmp_path / "d" / name, READ[name])
     texts, left_out = found(tmp_path)
     assert texts == {"d": TEXTS} and left_out == []
+
+
+@pytest.mark.parametrize("compress, suffix", [(gzip.compress, ".gz"), (bz2.compress, ".bz2"), (lzma.compress, ".xz"),
+                                              (zstandard.compress, ".zst"), (long_window, ".zst")])
+@pytest.mark.parametrize("kind", ["dense", "repeated", "mixed"])
+def test_content_of_many_times_what_is_read_at_once(compress, suffix, kind, tmp_path):
+    """However much goes in and comes out at once, all of it comes out, and one byte less is truncated."""
+    noise = random.Random(0)
+    texts = [noise.randbytes(2000).hex() if kind == "dense" or (kind == "mixed" and i % 3) else f"{i} " + "ab" * 20_000
+             for i in range(600)]
+    data = compress(records(*({"text": t} for t in texts)))
+    write(tmp_path / "d" / f"a.jsonl{suffix}", data)
+    assert found(tmp_path) == ({"d": texts}, [])
+    write(tmp_path / "d" / f"a.jsonl{suffix}", data[:-1])
+    assert "truncated" in found(tmp_path)[1][-1].why
 
 
 @pytest.mark.parametrize("name, compress", [("a.txt", bytes), ("a.txt.gz", gzip.compress), ("a.txt.bz2", bz2.compress),
