@@ -35,12 +35,33 @@ from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_
 # What a Hugging Face folder holds beside its weights: carried along in assets/ and back.
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
            "tekken.json", "tiktoken.txt", "vocab.*", "merges.txt", "chat_template*", "LICENSE*", "NOTICE*")
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ROPE_KEYS = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 TOLERANCE = 1e-4  # --verify: largest difference of a logit, as a share of the largest logit
 
 Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one model_type from another: all that is known of it here."""
+
+    architecture: str  # transformers' class
+    defaults: dict  # what its config class takes for a name that config.json does not have (a null is none)
+    biases: tuple[tuple[bool, bool], ...]  # what it can be of (qkv_bias, o_bias); of two, attention_bias chooses the second
+    any_width: bool = True  # hidden_size need not divide by the heads
+    window: str | None = None  # what turns its sliding_window on, "" if nothing has to; None: it has none
+    written: dict = dataclasses.field(default_factory=dict)  # in an export's config; a str: the value of that field of ours
+
+
+FAMILIES = {  # in the order in which an export looks for one that can hold it
+    "llama": Family("LlamaForCausalLM", {}, ((False, False), (True, True)), any_width=False,
+                    written={"attention_bias": "o_bias"}),
+    "mistral": Family("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}, ((False, False),), window="",
+                      written={"sliding_window": None}),
+    "qwen2": Family("Qwen2ForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096}, ((True, False),),
+                    window="use_sliding_window"),
+}
 
 
 @dataclass(frozen=True)
@@ -134,10 +155,13 @@ def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 def config_from_hf(hf: dict, source: Path) -> ModelConfig:
     """The shape that a config.json describes.  Raises UserError on what our model does not compute."""
     kind = hf.get("model_type")
-    check(isinstance(kind, str) and kind in CLASSES, f"{source}: model_type = {kind!r} is not one of {', '.join(CLASSES)}; "
-          "README.md, 'How to change it', says where another family goes")
+    check(isinstance(kind, str) and kind in FAMILIES, f"{source}: model_type = {kind!r} is not one of "
+          f"{', '.join(FAMILIES)}; README.md, 'How to change it', says where another family goes")
+    family = FAMILIES[kind]
+    hf = family.defaults | hf
     # transformers 5 writes rope_parameters; 4 rope_theta and rope_scaling, and its older versions type for rope_type.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    # Where both are, rope_scaling counts, and nothing of the other.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"{source}: the rotary parameters {rope!r} are not an object")
     rope = {"rope_theta": hf.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default")} | rope
     only = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
@@ -148,9 +172,9 @@ def config_from_hf(hf: dict, source: Path) -> ModelConfig:
               "max_position_embeddings", "rms_norm_eps")
     missing = [name for name in needed if hf.get(name) is None]
     check(not missing, f"{source}: no value for {', '.join(missing)}")
-    # Within a sliding window, attention is causal attention: the context ends there.  MistralConfig's default is 4096.
-    window = hf.get("sliding_window", 4096) if kind == "mistral" or hf.get("use_sliding_window") else None
-    bias = kind == "llama" and bool(hf.get("attention_bias"))
+    # Within a sliding window, attention is causal attention: the context ends there.
+    windowed = family.window is not None and (family.window == "" or hf.get(family.window))
+    qkv_bias, o_bias = family.biases[bool(hf.get("attention_bias")) and len(family.biases) > 1]
     try:
         return ModelConfig(
             vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
@@ -158,9 +182,8 @@ def config_from_hf(hf: dict, source: Path) -> ModelConfig:
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             intermediate_size=hf["intermediate_size"], norm_eps=hf["rms_norm_eps"], rope_theta=rope["rope_theta"],
             rope_scaling=None if rope["rope_type"] == "default" else {k: rope[k] for k in ROPE_KEYS if k in rope},
-            context_length=min(hf["max_position_embeddings"], window or math.inf),
-            tie_embeddings=bool(hf.get("tie_word_embeddings")),
-            qkv_bias=kind == "qwen2" or bias, o_bias=bias,
+            context_length=min(hf["max_position_embeddings"], (windowed and hf.get("sliding_window")) or math.inf),
+            tie_embeddings=bool(hf.get("tie_word_embeddings")), qkv_bias=qkv_bias, o_bias=o_bias,
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{source}: {error}") from None
@@ -168,26 +191,24 @@ def config_from_hf(hf: dict, source: Path) -> ModelConfig:
 
 def config_to_hf(cfg: ModelConfig, carried: dict, dtype: torch.dtype) -> dict:
     """A config.json for transformers 4 and 5: the carried one, with all that describes the model replaced."""
-    kind = "mistral" if carried.get("model_type") == "mistral" else "llama"
     divides = cfg.hidden_size % cfg.n_heads == 0  # if not, transformers 5 refuses a Llama, whatever its head_dim
-    if cfg.qkv_bias or cfg.o_bias:
-        kind = "llama" if cfg.o_bias else "qwen2"
-        check(cfg.qkv_bias and (divides or kind == "qwen2"), f"no Hugging Face class has qkv_bias = {cfg.qkv_bias}, "
-              f"o_bias = {cfg.o_bias} and hidden_size / n_heads = {cfg.hidden_size} / {cfg.n_heads}")
-    elif not divides:
-        kind = "mistral"  # without a window the same function as Llama
+    order = [name for name in (carried.get("model_type"), *FAMILIES) if isinstance(name, str) and name in FAMILIES]
+    kind = next((name for name in order if (cfg.qkv_bias, cfg.o_bias) in FAMILIES[name].biases
+                 and (divides or FAMILIES[name].any_width)), None)
+    check(kind is not None, f"no Hugging Face class has qkv_bias = {cfg.qkv_bias}, o_bias = {cfg.o_bias} and hidden_size / "
+          f"n_heads = {cfg.hidden_size} / {cfg.n_heads}")
     stale = ("_name_or_path", "transformers_version", "pretraining_tp", "layer_types", "max_window_layers",
              "use_sliding_window", "sliding_window", "partial_rotary_factor", "attention_bias", "mlp_bias", "auto_map")
     rope, name = cfg.rope_scaling or {"rope_type": "default"}, str(dtype).removeprefix("torch.")
     result = {k: v for k, v in carried.items() if k not in stale} | {
-        "model_type": kind, "architectures": [CLASSES[kind]], "hidden_act": "silu",
+        "model_type": kind, "architectures": [FAMILIES[kind].architecture], "hidden_act": "silu",
         "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size, "num_hidden_layers": cfg.n_layers,
         "num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim,
         "intermediate_size": cfg.intermediate_size, "rms_norm_eps": cfg.norm_eps,
         "max_position_embeddings": cfg.context_length, "tie_word_embeddings": cfg.tie_embeddings,
         "dtype": name, "rope_parameters": rope | {"rope_theta": float(cfg.rope_theta)},  # transformers 5
         "torch_dtype": name, "rope_theta": float(cfg.rope_theta), "rope_scaling": cfg.rope_scaling,  # transformers 4
-    } | {"llama": {"attention_bias": cfg.o_bias}, "mistral": {"sliding_window": None}, "qwen2": {}}[kind]
+    } | {name: getattr(cfg, value) if isinstance(value, str) else value for name, value in FAMILIES[kind].written.items()}
     assert config_from_hf(result, Path("config.json")) == cfg, "config.json says something else than model_config.json"
     return result
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import pretrain_settings, prune_settings, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
@@ -385,3 +387,34 @@ def test_verify_holds_the_tokenizers_against_each_other(tmp_path, monkeypatch, c
         run(to_hf=tmp_path / "ours", out_dir=tmp_path / "wrong", verify=True)
     assert error.value.code == 1 and not (tmp_path / "wrong").exists()
     assert "Qwen2Tokenizer: 'def f(x)" in capsys.readouterr().err
+
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+SIZES = {"num_key_value_heads": [1, 2, 8, None], "head_dim": [8, None], "rms_norm_eps": [1e-5, 1e-6],
+         "tie_word_embeddings": [True, False], "sliding_window": [16, None], "use_sliding_window": [True, False],
+         "attention_bias": [True, False], "rope_theta": [5e5, 1e4], "max_window_layers": [0],
+         "rope_parameters": [{"rope_type": "default", "rope_theta": 7e4}, {"rope_type": "linear", "factor": 2.0}, None],
+         "rope_scaling": [{"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 3.0}, None,
+                          {**LLAMA3, "rope_theta": 3e4}]}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(family=st.sampled_from(list(CONFIGS)), values=st.fixed_dictionaries(
+    {}, optional={name: st.sampled_from(choices) for name, choices in SIZES.items()}))
+def test_a_config_means_what_transformers_reads_in_it(family, values):
+    """With names that are there, null, or left to the family's default; two sources of one fact included."""
+    written = {"model_type": family, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 32,
+               "intermediate_size": 48, "max_position_embeddings": 64, "rms_norm_eps": 1e-6} | values
+    try:
+        ours = convert.config_from_hf(written, Path("config.json"))
+    except UserError:
+        return
+    theirs = CONFIGS[family].from_dict(json.loads(json.dumps(written)))
+    rope = theirs.rope_parameters
+    assert (ours.n_heads, ours.n_kv_heads, ours.norm_eps, ours.tie_embeddings) == (
+        theirs.num_attention_heads, theirs.num_key_value_heads, theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.rope_theta == rope["rope_theta"]
+    assert (ours.rope_scaling or {"rope_type": "default"}) == {k: v for k, v in rope.items() if k in convert.ROPE_KEYS}
+    assert ours.context_length == min(64, getattr(theirs, "sliding_window", None) or 64)
+    assert ours.o_bias == bool(getattr(theirs, "attention_bias", False) and family == "llama")
