@@ -192,7 +192,8 @@ def test_help_explains_every_setting(stage, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(cls, ["--help"])
     printed = capsys.readouterr().out
-    assert not stop.value.code and f"python {stage}.py" in printed  # the launch commands of the docstring
+    launch = f"python {stage}.py" if module.__name__ == stage else f"python -m {module.__name__}"
+    assert not stop.value.code and launch in printed  # the launch commands of the docstring
     for field in dataclasses.fields(cls):
         assert len(docs.get(field.name, "")) > 10, f"{field.name} has no comment"
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
