@@ -116,7 +116,7 @@ def test_content_of_many_times_what_is_read_at_once(compress, suffix, kind, tmp_
     """However much goes in and comes out at once, all of it comes out, and one byte less is truncated."""
     noise = random.Random(0)
     texts = [noise.randbytes(2000).hex() if kind == "dense" or (kind == "mixed" and i % 3) else f"{i} " + "ab" * 20_000
-             for i in range(600)]
+             for i in range(150)]
     data = compress(records(*({"text": t} for t in texts)))
     write(tmp_path / "d" / f"a.jsonl{suffix}", data)
     assert found(tmp_path) == ({"d": texts}, [])
