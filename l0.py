@@ -197,38 +197,27 @@ def undecided(z: Tensor) -> tuple[int, int]:
     return int((kept < 0.05).sum()), int(((kept >= 0.05) & (kept < 0.95)).sum())
 
 
-TEMPERATURES = 1.0, 0.2  # of TopK's masks at the first and last step; a row's scores start with a standard deviation of 1
-
-
-def soft_topk(scores: Tensor, count: float, temperature: float) -> Tensor:
-    """sigmoid((score - tau) / temperature), with a tau that makes each row sum to `count`, found by bisection.
-
-    scores [..., n] -> [..., n].  Gradients take tau as a constant.
-    """
-    with torch.no_grad():
-        margin = temperature * math.log(scores.shape[-1] / min(1.0, scores.shape[-1] - count))  # tau lies within
-        low, high = scores.amin(-1, keepdim=True) - margin, scores.amax(-1, keepdim=True) + margin
-        for _ in range(30):
-            tau = (low + high) / 2
-            many = torch.sigmoid((scores - tau) / temperature).sum(-1, keepdim=True) > count
-            low, high = torch.where(many, tau, low), torch.where(many, high, tau)
-    return torch.sigmoid((scores - tau) / temperature)
+BLOCKS = "layer", "head_layer", "mlp"  # what closes blocks of a layer, whole
 
 
 class TopK(nn.Module):
     """Masks by scores: no noise, no multipliers, and at every step exactly as many units as asked.
 
-    In training a soft top-k whose count falls from all units to the target's over `ramp` steps, while its temperature falls
-    over all `steps`; for evaluation and compaction the target's count of highest scores, as exact ones.  What
-    tools/importance.py measures is a set of such scores too; `scores` starts from them, or from next to nothing.
+    The masks are hard: of each row the highest scores are 1, the others 0, and how many falls from all units to the target's
+    over `ramp` steps.  Gradients pass straight through (Bengio et al. 2013, arXiv 1308.3432), as if z were sigmoid(score -
+    the row's threshold), so a closed unit that is missed comes back.  `scores` starts from what tools.importance wrote.
+    Two findings are built in (docs/results.md).  Soft masks never show what a zero does: learned so, they were worse than
+    what they started from.  And a gradient says little of what closing a whole layer does: BLOCKS stay as they start, closed
+    from the first step on.
     """
 
-    def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, steps: int = 1, ramp: int = 1, seed: int = 0):
+    def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, ramp: int = 1, seed: int = 0):
         super().__init__()
-        self.sets, self.steps, self.ramp = dict(sets), steps, ramp
+        self.sets, self.ramp = dict(sets), ramp
         generator = torch.Generator().manual_seed(seed)
-        self.scores = nn.ParameterDict({name: nn.Parameter(torch.empty(shape).normal_(0.0, 0.01, generator=generator))
-                                        for name, (shape, _) in sets.items()})
+        self.scores = nn.ParameterDict({
+            name: nn.Parameter(torch.empty(shape).normal_(0.0, 0.01, generator=generator), requires_grad=name not in BLOCKS)
+            for name, (shape, _) in sets.items()})
 
     @torch.no_grad()
     def start_from(self, scores: dict[str, Tensor]) -> None:
@@ -238,28 +227,34 @@ class TopK(nn.Module):
             p.copy_((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True).clamp(min=1e-6))
 
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
-        """For AdamW; see L0."""
-        return [dict(name="scores", params=list(self.scores.values()), lr=mask_lr)]
+        """For AdamW, see L0; with an eps that makes a step the mean gradient itself, since Adam's scale for each unit would
+        move those that do not matter as far as those that do.  `even_rows_` sets the scale, and not the clipping."""
+        eps = 100.0
+        return [dict(name="scores", params=self.units(), lr=mask_lr * eps, eps=eps, clip=math.inf)]
 
-    def count(self, name: str, step: int) -> float:
+    @torch.no_grad()
+    def even_rows_(self) -> None:
+        """Divide the gradients of each row by their root mean square, in place, before a step of the optimizer."""
+        for p in self.units():
+            p.grad /= p.grad.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+
+    def count(self, name: str, step: int) -> int:
         """Units open in each row of a set at a step."""
         shape, kept = self.sets[name]
-        return shape[-1] + (kept - shape[-1]) * min(1.0, (step + 1) / max(1, self.ramp))
+        return kept if name in BLOCKS else shape[-1] + round((kept - shape[-1]) * min(1.0, (step + 1) / max(1, self.ramp)))
 
     def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
         """Training masks, the same for all micro-batches of a step."""
-        hot, cold = TEMPERATURES
-        temperature = hot * (cold / hot) ** min(1.0, step / max(1, self.steps - 1))
-        return {name: soft_topk(p, self.count(name, step), temperature) for name, p in self.scores.items()}
+        return {name: straight_through(p, self.count(name, step)) for name, p in self.scores.items()}
 
     @torch.no_grad()
     def deterministic(self, *, target: bool = True) -> dict[str, Tensor]:
         """Masks of 0 and 1 with the target's counts."""
-        return {name: (p.argsort(dim=-1, stable=True).argsort(dim=-1) >= p.shape[-1] - self.sets[name][1]).float()
-                for name, p in self.scores.items()}
+        return {name: straight_through(p, self.sets[name][1]) for name, p in self.scores.items()}
 
     def units(self) -> list[nn.Parameter]:
-        return list(self.scores.values())
+        """What the gradients of the masks reach."""
+        return [p for p in self.scores.values() if p.requires_grad]
 
     @torch.no_grad()
     def metrics(self, step: int, **ramp) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -269,6 +264,20 @@ class TopK(nn.Module):
             sparsity = 1 - self.count(name, step - 1) / shape[-1]
             values |= {f"sparsity/{name}": sparsity, f"target_sparsity/{name}": sparsity}
         return values, self.sample(0, step - 1, 0)
+
+
+def straight_through(scores: Tensor, count: int) -> Tensor:
+    """1 for the `count` highest scores of each row and 0 for the others, with the gradient of sigmoid(score - threshold).
+
+    scores [..., n] -> [..., n], fp32.  The threshold lies between the lowest that is kept and the highest that is not.
+    """
+    rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
+    hard, n_zero = (rank >= scores.shape[-1] - count).to(scores.dtype), scores.shape[-1] - count
+    with torch.no_grad():
+        ordered = scores.sort(dim=-1).values
+        threshold = (ordered[..., max(0, n_zero - 1)] + ordered[..., min(n_zero, scores.shape[-1] - 1)])[..., None] / 2
+    soft = torch.sigmoid(scores - threshold)
+    return hard + (soft - soft.detach())
 
 
 def expected_params(cfg, p_open: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

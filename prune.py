@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, RunData, Sampler, evaluate, open_run_data, steer
-from l0 import L0, TopK, expected_params, mask_sets, undecided
+from l0 import BLOCKS, L0, TopK, expected_params, mask_sets, undecided
 from model import ModelConfig, Transformer
 from run.checkpoint import load_optimizer, parameter_names, save_checkpoint, save_masks, start_run
 from run.metrics import Metrics
@@ -45,12 +45,12 @@ class PruneSettings(TrainSettings):
     target_intermediate_size: int | None = None  # f of the target; None: the source's
     pruning_modules: tuple[str, ...] | None = None  # mask sets, names of l0.MASKS; None: those that the target needs
 
-    mask_learning_rate: float = 1.0  # peak, of log_alpha
+    mask_learning_rate: float = 1.0  # peak, of log_alpha (topk: of scores; 0.1 suits)
     multiplier_learning_rate: float = 1.0  # peak, of lambda and phi, which are ascended
     lagrangian_warmup_steps: int = 640  # the target sparsity rises linearly over these
     start_sparsity: float = 0.0  # where it starts
-    relaxation: Literal["sample", "topk"] = "sample"  # masks: hard-concrete samples with a Lagrangian, or a soft top-k
-    init_scores: FilePath = ""  # folder that tools.importance wrote, to start the scores of topk from; "": from nothing
+    relaxation: Literal["sample", "topk"] = "sample"  # masks: hard-concrete samples with a Lagrangian, or top-k
+    init_scores: FilePath = ""  # folder that tools.importance wrote: what the scores of topk start from
     freeze_weights: bool = False  # learn the masks alone: compact.py then cuts them out of the source as it was
     count: Literal["expected", "rescaled"] = "expected"  # how open units are counted; see above
     eval_target_model: bool = False  # evaluate with the target's counts, not the masks' own; the last one always is
@@ -65,8 +65,8 @@ class PruneSettings(TrainSettings):
         require(self.lagrangian_warmup_steps >= 0, f"lagrangian_warmup_steps = {self.lagrangian_warmup_steps} must not be "
                 "negative")
         require(0 <= self.start_sparsity < 1, f"start_sparsity = {self.start_sparsity} must be from 0 to below 1")
-        require(self.init_scores == "" or self.relaxation == "topk", f"init_scores = {self.init_scores} is a start for "
-                "relaxation = topk, not for sample")
+        require((self.init_scores != "") == (self.relaxation == "topk"), f"init_scores = {self.init_scores!r} with "
+                f"relaxation = {self.relaxation}: topk starts from scores that tools.importance wrote, sample does not")
         require(self.init_from != "", "no value for init_from: the model folder of the source")
 
 
@@ -104,7 +104,7 @@ def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path 
         model = Transformer(source, attention=cfg.attention, checkpointing=cfg.checkpointing)
     model = load_weights(shard(model, cfg, processes).to_empty(device=processes.device), checkpoint or cfg.init_from)
     masks = (L0(sets, count=cfg.count, seed=cfg.seed) if cfg.relaxation == "sample" else
-             TopK(sets, steps=cfg.max_steps, ramp=cfg.lagrangian_warmup_steps, seed=cfg.seed)).to(processes.device)
+             TopK(sets, ramp=cfg.lagrangian_warmup_steps, seed=cfg.seed)).to(processes.device)
     if cfg.init_scores:
         masks.start_from(load_scores(cfg.init_scores, sets))
     model.requires_grad_(not cfg.freeze_weights)
@@ -137,6 +137,8 @@ def main(cfg: PruneSettings) -> None:
     source, target, sets = shapes(cfg)
     if cfg.plan:
         return print(report(cfg, source, sets, Parts(Transformer, L0)))
+    check(not cfg.freeze_weights or cfg.relaxation == "sample" or not sets.keys() <= set(BLOCKS), "nothing to learn: topk "
+          f"takes whole layers as init_scores has them; run compact.py on {cfg.init_scores}")
     processes = start_processes(cfg)
     signals = Signals(processes)
     with user_errors():
@@ -190,6 +192,8 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
         lagrangian = masks.lagrangian(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
         lagrangian.backward()  # after averaging: it is the same on every rank
         found["loss/lagrangian"] = lagrangian.detach()
+    if cfg.relaxation == "topk":
+        masks.even_rows_()
     mark("masks")
     found |= clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip)
     if cfg.relaxation == "sample":

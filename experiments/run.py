@@ -27,6 +27,19 @@ from run.weights import latest_checkpoint, read_model_config
 from tools import demo
 
 RESULTS = Path("experiments/results")
+SPLIT = "prune"  # of the data, that choosing sees; cells train on `train`
+
+
+@dataclass(frozen=True)
+class Way:
+    """How units are chosen: scores of tools.importance, or masks that prune.py learns from such scores."""
+
+    score: str  # of tools.importance; "": none
+    sequences: int = 0  # that the scores are measured on
+    at_once: int = 8  # of those
+    steps: int = 0  # of prune.py; 0: the scores choose
+    batch: int = 0  # sequences of such a step
+    sampled: bool = False  # the released recipe: weights trained under sampled masks.  False: masks alone
 
 
 @dataclass(frozen=True)
@@ -38,12 +51,8 @@ class Ladder:
     batch: int  # sequences a step of the cut model
     budget: int  # steps of the cut model that every cell may spend, choosing included
     learning_rate: float
-    ways: tuple[str, ...]
+    ways: dict[str, Way]
     seeds: tuple[int, ...] = (1, 2, 3)
-    calibration: int = 128  # sequences of a score
-    mask_steps: int = 40  # of `learned`
-    mask_batch: int = 8  # sequences of such a step
-    masked_steps: int = 0  # of `sampled`, the released recipe: weights and masks together, of `batch` sequences
     source_steps: int = 0  # of pretrain.py, for the source's own training; 0: it is there
     source_shape: dict | None = None
     bytes_a_domain: int = 2_500_000
@@ -52,20 +61,30 @@ class Ladder:
 
 SMALL_SHAPE = {"vocab_size": 2048, "hidden_size": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 3, "head_dim": 32,
                "intermediate_size": 512, "context_length": 256, "tie_embeddings": True}
-WAYS = ("learned", "learned_from_activation", "gradient", "activation", "magnitude", "random", "scratch", "sampled")
 HALF = {"target_hidden_size": 128, "target_n_layers": 4, "target_n_heads": 4, "target_n_kv_heads": 2,
         "target_intermediate_size": 320}
+WAYS = {
+    "learned": Way("activation", 32, steps=10, batch=4),
+    "learned_longer": Way("activation", 32, steps=20, batch=4),
+    "gradient": Way("gradient", 32, 1),
+    "activation": Way("activation", 128),
+    "magnitude": Way("magnitude", 8),
+    "random": Way("random", 8),
+    "sampled": Way("", steps=60, batch=16, sampled=True),
+    "scratch": Way(""),
+}
+REAL_WAYS = WAYS | {"learned": Way("activation", 8, steps=10, batch=2), "gradient": Way("gradient", 8, 1),
+                    "activation": Way("activation", 16), "sampled": Way("", steps=8, batch=4, sampled=True)}
 LADDERS = {
     # the demo's own source, far from converged, and its data: after `make demo`
-    "demo": Ladder(target=HALF, seq_len=128, batch=16, budget=500, learning_rate=2e-3, ways=WAYS, masked_steps=100),
+    "demo": Ladder(target=HALF, seq_len=128, batch=16, budget=300, learning_rate=2e-3, ways=WAYS),
     # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens
     "small": Ladder(target=HALF | {"target_n_layers": 5}, seq_len=128, batch=16, budget=1000, learning_rate=2e-3, ways=WAYS,
-                    masked_steps=200, source_steps=2500, source_shape=SMALL_SHAPE,
-                    bytes_a_domain=6_000_000),
+                    source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),
     # real weights: half of SmolLM2-135M's parameters without the embedding
     "smollm2": Ladder(target={"target_hidden_size": 448, "target_n_layers": 26, "target_n_heads": 6, "target_n_kv_heads": 2,
-                              "target_intermediate_size": 1152}, seq_len=256, batch=4, budget=400, learning_rate=3e-4,
-                      ways=WAYS, masked_steps=100, calibration=64, bytes_a_domain=6_000_000, eval_sequences=16),
+                              "target_intermediate_size": 1152}, seq_len=256, batch=4, budget=24, learning_rate=3e-4,
+                      ways=REAL_WAYS, bytes_a_domain=2_500_000, eval_sequences=4),
 }
 
 
@@ -116,40 +135,29 @@ def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
     return data, latest_checkpoint(source)
 
 
-def choose(ladder: Ladder, way: str, seed: int, data: Path, source: Path, out: Path) -> tuple[Path | None, float]:
+def choose(ladder: Ladder, way: Way, seed: int, data: Path, source: Path, out: Path) -> tuple[Path | None, float]:
     """Masks by one way: (folder for compact.py, or None for none; tokens of whole source steps that this cost)."""
-    shared = flags(data_dir=data, init_from=source, split="prune", seq_len=ladder.seq_len, seed=seed, **ladder.target)
-    calibrated = ladder.calibration * ladder.seq_len
-    masked = flags(eval_interval=10**6, eval_sequences=1, save_interval=50, keep_last=1)
-
-    def score(kind: str) -> Path:
-        folder = out / kind
-        if not folder.exists():
-            stage("-m", "tools.importance", *shared, *flags(out_dir=folder, score=kind, micro_batch_size=ladder.mask_batch,
-                                                           calibration_sequences=ladder.calibration))
-        return folder
-
-    if way == "scratch":
+    if not way.score and not way.sampled:
         return None, 0.0
-    if way in ("magnitude", "random"):
-        return score(way), 0.0
-    if way == "activation":
-        return score(way), calibrated / 3
-    if way == "gradient":
-        return score(way), calibrated * 2 / 3
-    if way == "sampled":
-        stage("prune.py", *shared, *masked, *flags(
-            out_dir=out / "masks", max_steps=ladder.masked_steps, lagrangian_warmup_steps=ladder.masked_steps * 2 // 5,
-            global_batch_size=ladder.batch, micro_batch_size=ladder.batch // 2, learning_rate=ladder.learning_rate,
-            warmup_steps=ladder.masked_steps // 10), "--resume")
-        return out / "masks", ladder.masked_steps * ladder.batch * ladder.seq_len
-    start = score("activation" if way == "learned_from_activation" else "gradient")
-    stage("prune.py", *shared, *masked, *flags(
-        out_dir=out / "masks", relaxation="topk", init_scores=start, mask_learning_rate=0.1, max_steps=ladder.mask_steps,
-        lagrangian_warmup_steps=ladder.mask_steps // 2, warmup_steps=0, global_batch_size=ladder.mask_batch,
-        micro_batch_size=ladder.mask_batch), "--freeze_weights", "--resume")
-    spent = ladder.mask_steps * ladder.mask_batch * ladder.seq_len
-    return out / "masks", (spent * 2 + calibrated * (1 if way == "learned_from_activation" else 2)) / 3
+    shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed, **ladder.target)
+    masks, scores = out / "masks", out / "scores"
+    spent = way.steps * way.batch
+    if not way.sampled:
+        if not scores.exists():
+            stage("-m", "tools.importance", *shared, *flags(out_dir=scores, score=way.score, micro_batch_size=way.at_once,
+                                                           calibration_sequences=way.sequences))
+        share = {"activation": 1 / 3, "gradient": 2 / 3}.get(way.score, 0.0)
+        spent = spent * 2 / 3 + way.sequences * share
+    if way.steps == 0:
+        return scores, spent * ladder.seq_len
+    stage("prune.py", *shared, *flags(
+        out_dir=masks, max_steps=way.steps, global_batch_size=way.batch, eval_interval=10**6, eval_sequences=1,
+        save_interval=50, keep_last=1, lagrangian_warmup_steps=way.steps * 2 // 5), "--resume", *(flags(
+            micro_batch_size=way.batch // 2, learning_rate=ladder.learning_rate, warmup_steps=way.steps // 10)
+            if way.sampled else flags(
+            micro_batch_size=way.batch, relaxation="topk", init_scores=scores, mask_learning_rate=0.2, warmup_steps=0,
+            freeze_weights=True)))
+    return masks, spent * ladder.seq_len
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
@@ -158,11 +166,16 @@ def evaluations(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "eval_loss" in line]
 
 
+def shapes(ladder: Ladder, source: Path) -> tuple[ModelConfig, ModelConfig]:
+    """The source's shape and the target's."""
+    shape = read_model_config(source, ModelConfig)
+    return shape, dataclasses.replace(shape, **{k.removeprefix("target_"): v for k, v in ladder.target.items()})
+
+
 def run_cell(ladder: Ladder, name: str, way: str, seed: int, data: Path, source: Path, out: Path) -> dict:
     """One cell, from its choice of units to the end of its training: its line of results."""
-    masks, spent = choose(ladder, way, seed, data, source, out)
-    shape = read_model_config(source, ModelConfig)
-    target = dataclasses.replace(shape, **{k.removeprefix("target_"): v for k, v in ladder.target.items()})
+    masks, spent = choose(ladder, ladder.ways[way], seed, data, source, out)
+    shape, target = shapes(ladder, source)
     ratio = shape.train_flops_per_token(ladder.seq_len) / target.train_flops_per_token(ladder.seq_len)
     steps = ladder.budget - round(spent * ratio / (ladder.batch * ladder.seq_len))
     if masks is not None and not (out / "cut").exists():

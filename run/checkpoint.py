@@ -89,8 +89,10 @@ def owner(span: tuple[int, int], ranges: dict[str, tuple[int, int]], world: int)
 
 def parameter_names(model: nn.Module, masks: nn.Module | None = None) -> dict[str, nn.Parameter]:
     """Every trained parameter under the name it has in optimizer.safetensors."""
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return names if masks is None else names | {f"masks.{name}": p for name, p in masks.named_parameters()}
+    names = dict(model.named_parameters())
+    if masks is not None:
+        names |= {f"masks.{name}": p for name, p in masks.named_parameters()}
+    return {name: p for name, p in names.items() if p.requires_grad}
 
 
 def save_checkpoint(cfg: TrainSettings, state: RunState, processes: Processes, *, model: nn.Module, model_config,

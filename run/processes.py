@@ -255,7 +255,7 @@ def lr_factor(step: int, settings: TrainSettings) -> float:
 
 
 def clip_and_step(optimizer: torch.optim.AdamW, factor: float, grad_clip: float) -> dict[str, Tensor]:
-    """Clip each group by its own gradient norm, then step with `factor` times every peak rate.
+    """Clip each group by its own gradient norm (to its "clip", or grad_clip), then step with `factor` times every peak rate.
 
     A non-finite norm skips the step, on the device and so without a sync: the fused AdamW does nothing where its
     `found_inf` is 1.  Returns "grad_norm/weights" and so on, before clipping, and "skipped", 1.0 or 0.0; on the device.
@@ -263,7 +263,7 @@ def clip_and_step(optimizer: torch.optim.AdamW, factor: float, grad_clip: float)
     norms = []
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-        norm = nn.utils.clip_grad_norm_(group["params"], grad_clip, foreach=True)
+        norm = nn.utils.clip_grad_norm_(group["params"], group.get("clip", grad_clip), foreach=True)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     norms = torch.stack(norms)
     optimizer.grad_scale, optimizer.found_inf = None, 1.0 - norms.isfinite().all().float()

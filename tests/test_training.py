@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import (DOMAINS, STAGES, STEERED, TARGET, at_draw, eval_lines, flags, pretrain_settings, prune_settings,
+from conftest import (DOMAINS, SHORT, STAGES, STEERED, TARGET, at_draw, eval_lines, flags, pretrain_settings, prune_settings,
                       read_metrics, refusal, run_script, same_files, tiny_config, train_lines, without_speed, write_data_dir,
                       write_tokens)
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from model import Transformer
 from run.processes import Processes, clip_and_step, lr_factor, make_optimizer
 from run.settings import UserError
 from run.weights import load_weights
+from tools import importance
 
 SAME_SIZE = dict.fromkeys(TARGET) | dict(pruning_modules=())  # target None: the source's
 
@@ -63,8 +64,18 @@ def test_resume_is_bit_identical(tmp_path, data_dir, source, stage, monkeypatch)
 SCORES = dict(relaxation="topk", freeze_weights=True, mask_learning_rate=0.1)
 
 
-def test_masks_learned_alone_leave_the_source_as_it_was_and_resume_to_the_bit(tmp_path, data_dir, source):
-    whole = prune_settings(data_dir, tmp_path / "whole", source, **SCORES)
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory, data_dir, source) -> str:
+    """A folder of scores to start from."""
+    folder = tmp_path_factory.mktemp("scores") / "activation"
+    importance.main(importance.ImportanceSettings(
+        data_dir=str(data_dir), out_dir=str(folder), split="train", init_from=str(source), score="activation",
+        calibration_sequences=16, **SHORT | TARGET))
+    return str(folder)
+
+
+def test_masks_learned_alone_leave_the_source_as_it_was_and_resume_to_the_bit(tmp_path, data_dir, source, scores):
+    whole = prune_settings(data_dir, tmp_path / "whole", source, init_scores=scores, **SCORES)
     prune.main(whole)
     last = tmp_path / "whole" / "step_0000006"
     before, after = (load_file(folder / "model.safetensors") for folder in (source, last))
@@ -77,10 +88,18 @@ def test_masks_learned_alone_leave_the_source_as_it_was_and_resume_to_the_bit(tm
     assert without_speed(tmp_path / "whole") == without_speed(tmp_path / "resumed")
 
 
+def test_whole_layers_are_not_learned_from_a_frozen_source(tmp_path, data_dir, source, scores):
+    depth = dict(target_hidden_size=None, target_n_heads=None, target_n_kv_heads=None, target_intermediate_size=None)
+    with pytest.raises(UserError, match="nothing to learn"):
+        prune.main(prune_settings(data_dir, tmp_path / "run", source, init_scores=scores, **SCORES, **depth))
+    with pytest.raises(ValueError, match="topk starts from scores"):
+        prune_settings(data_dir, tmp_path / "run", source, **SCORES)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_masks_learned_alone_are_the_same_on_two_processes(tmp_path, data_dir, source, parallel):
-    prune.main(prune_settings(data_dir, tmp_path / "one", source, **SCORES))
-    two = prune_settings(data_dir, tmp_path / "two", source, parallel=parallel, **SCORES)
+def test_masks_learned_alone_are_the_same_on_two_processes(tmp_path, data_dir, source, scores, parallel):
+    prune.main(prune_settings(data_dir, tmp_path / "one", source, init_scores=scores, **SCORES))
+    two = prune_settings(data_dir, tmp_path / "two", source, parallel=parallel, init_scores=scores, **SCORES)
     done = run_script("prune.py", *flags(two), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "step_0000006" / "masks.safetensors") for name in ("one", "two"))

@@ -8,10 +8,10 @@
 The folder holds a checkpoint as the last one of prune.py, with the weights as they are and `scores` for masks, so compact.py
 cuts it by the same code.  Of each row the units with the highest scores are kept, whole.
 
-  gradient    mean over batches of the squared gradient of the loss to the unit's mask, at a mask of one (Molchanov et al.
-              2019, arXiv 1906.10771)
   activation  as Minitron (Muralidharan et al. 2024, arXiv 2407.14679): mean absolute output of the norms, mean norm of a
               head's context, mean absolute input of down_proj; layers by 1 - cosine of their input and output
+  gradient    mean over batches of the squared gradient of the loss to the unit's mask, at a mask of one (Molchanov et al.
+              2019, arXiv 1906.10771)
   magnitude   norm of the weights that a unit takes away
   random
 
@@ -40,7 +40,7 @@ from run.weights import load_weights, new_folder, verified, write_assets, write_
 
 @dataclass(frozen=True)
 class ImportanceSettings(PruneSettings):
-    score: Literal["gradient", "activation", "magnitude", "random"] = "gradient"  # what tells a unit's worth
+    score: Literal["gradient", "activation", "magnitude", "random"] = "activation"  # what tells a unit's worth
     calibration_sequences: int = 1024  # of the split, in equal shares of the domains, or by domain_weights
 
     def __post_init__(self):
