@@ -91,8 +91,8 @@ def main(cfg: PretrainSettings) -> None:
         check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
     state, checkpoint, assets = processes.on_main(start_run, cfg, data)
-    if checkpoint is not None:
-        processes.say(f"going on from {checkpoint}")
+    if checkpoint is not None or cfg.resume:
+        processes.say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {cfg.out_dir} yet: the run begins")
     processes.say(f"{shape.n_params():,} parameters")
     processes.on_main(preflight, cfg, processes, shape, {}, data, state)
     model, optimizer = build(cfg, shape, checkpoint, processes)

@@ -147,8 +147,8 @@ def main(cfg: PruneSettings) -> None:
         check_min_weight(cfg.min_weight, len(data.domains))
         sampler = Sampler(data.train, global_batch_size=cfg.global_batch_size, seed=cfg.seed)
     state, checkpoint, assets = processes.on_main(start_run, cfg, data)
-    if checkpoint is not None:
-        processes.say(f"going on from {checkpoint}")
+    if checkpoint is not None or cfg.resume:
+        processes.say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {cfg.out_dir} yet: the run begins")
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
     processes.on_main(preflight, cfg, processes, source, sets, data, state)
@@ -222,7 +222,7 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
             with user_errors():
                 losses = evaluate(model, z, data.eval, cfg, processes, turn=turn)
             steer(state, losses, cfg)
-            metrics.evaluation(losses)
+            metrics.evaluation(losses, mask_metrics(masks, model.cfg, cfg, step) if step else None)
             if processes.rank == 0 and masks.sets:
                 save_masks(cfg.out_dir, masks, step)
         stop = metrics.stop

@@ -133,14 +133,18 @@ class Metrics:
                                   f"{cfg.out_dir} holds the weights as they were before those: look for the cause in the "
                                   "data, or --resume with a lower learning_rate")
 
-    def evaluation(self, losses: dict[str, float | None]) -> None:
-        """One line of an evaluation, and the same for people."""
+    def evaluation(self, losses: dict[str, float | None], values: dict[str, float | Tensor] | None = None) -> None:
+        """One line of an evaluation, and the same for people, with the sparsities and their targets among `values`."""
         state, known = self.state, [v for v in losses.values() if v is not None]
+        sparse = {name.removeprefix("target_sparsity/"): float(v) for name, v in (values or {}).items()
+                  if name.startswith("target_sparsity/")}
+        shown = ", ".join(f"{name} {float(values[f'sparsity/{name}']):.3f} of {v:.3f}" for name, v in sparse.items())
         values = {f"eval_loss/{d}": v for d, v in losses.items()}
         values |= {f"domain_weight/{d}": w for d, w in state.domain_weights.items()}
         self.write(values | {"eval_loss": sum(known) / len(known) if known else None})
         self.processes.say(f"step {state.step}: " + ", ".join(
-            f"{d} {'n/a' if v is None else f'{v:.4f}'} (weight {state.domain_weights[d]:.3f})" for d, v in losses.items()))
+            f"{d} {'n/a' if v is None else f'{v:.4f}'} (weight {state.domain_weights[d]:.3f})" for d, v in losses.items())
+            + f".  Expected sparsity and its target: {shown}" * bool(shown))
 
     def write(self, values: dict[str, float | None]) -> None:
         """One line: the step and flat names with their values; None, as for any that is not finite, where there is none."""

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -188,16 +189,25 @@ def no_sync(model: nn.Module, last: bool):
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 ask a run to save and exit.  All ranks agree on the step, and no device waits for that:
+    """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask a run to save and exit; a second SIGINT ends it at once, nothing saved.
 
-    each step starts the maximum of what the ranks have received, between their CPUs, and the next step reads it.
+    All ranks agree on the step, and no device waits for that: each step starts the maximum of what the ranks have
+    received, between their CPUs, and the next step reads it.
     """
 
     def __init__(self, processes: Processes):
         self.cpus, self.received, self.sent, self.work = processes.cpus, 0, None, None
-        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.main, self.interrupted = processes.rank == 0, 0.0  # when the first SIGINT came
 
     def receive(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self.interrupted and now - self.interrupted > 0.5:  # a terminal and a launcher may both send the first
+                raise KeyboardInterrupt("stopped at once, nothing saved; --resume goes on from the newest checkpoint")
+            if self.main and not self.interrupted:
+                os.write(2, b"\nCtrl-C: the run ends this step and saves; once more stops it at once\n")  # safe in a handler
+            self.interrupted = self.interrupted or now
         self.received = number
 
     def asked(self, step: int) -> Interrupted | None:

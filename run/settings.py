@@ -246,8 +246,9 @@ def run_stage(main: Callable, cls: type) -> None:
         print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']}: another process died, or did not answer within "
               f"timeout_minutes: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         os._exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        print(f"{Path(sys.argv[0]).name}: {interrupt or 'stopped'}", file=sys.stderr, flush=True)
+        os._exit(130) if in_process_group() else sys.exit(130)
     if in_process_group():
         sys.modules["torch.distributed"].barrier()  # together: a rank that leaves early breaks the others' connections
         sys.modules["torch.distributed"].destroy_process_group()

@@ -137,7 +137,7 @@ def write_data_dir(data_dir: Path, sizes: dict[str, int], eval_size: int = 700) 
 @pytest.fixture(autouse=True)
 def handlers():
     """A run that a test stops leaves its handlers of signals behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

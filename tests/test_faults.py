@@ -69,7 +69,8 @@ def test_resume_after_any_step_is_bit_identical(tmp_path, data_dir, source, stag
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("stage, number", [("prune", signal.SIGTERM), ("pretrain", signal.SIGUSR1)])
+@pytest.mark.parametrize("stage, number", [("prune", signal.SIGTERM), ("pretrain", signal.SIGUSR1),
+                                           ("prune", signal.SIGINT)])
 def test_a_signal_saves_and_asks_to_be_queued_again(tmp_path, data_dir, source, stage, number):
     main, make = STAGES[stage]
     changes = dict(max_steps=100, eval_interval=50, save_interval=1000, log_interval=7)
@@ -81,10 +82,31 @@ def test_a_signal_saves_and_asks_to_be_queued_again(tmp_path, data_dir, source, 
     folder, = all_checkpoints(tmp_path / "parts")
     step = step_of(folder)
     assert process.returncode == 75 and 14 <= step < 100
-    assert err == f"{stage}.py: stopped by {number.name} after step {step}; go on with --resume\n"
+    said = "\nCtrl-C: the run ends this step and saves; once more stops it at once\n" if number == signal.SIGINT else ""
+    assert err == said + f"{stage}.py: stopped by {number.name} after step {step}; go on with --resume\n"
     main(dataclasses.replace(cfg, resume=True))
     main(make(data_dir, tmp_path / "whole", source, **changes))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_ctrl_c_twice_stops_at_once_and_resume_says_that_it_begins(tmp_path, data_dir, source, monkeypatch, capfd):
+    cfg = prune_settings(data_dir, tmp_path / "out", source, save_interval=100)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # as one: a terminal and a launcher may both send it
+        time.sleep(0.6)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="at once, nothing saved; --resume"):
+        at_draw(patch, 3, twice)
+        prune.main(cfg)
+    assert not all_checkpoints(tmp_path / "out")
+    assert capfd.readouterr().err.count("once more stops it at once") == 1
+    prune.main(dataclasses.replace(cfg, resume=True))
+    assert f"no checkpoint in {tmp_path / 'out'} yet: the run begins" in capfd.readouterr().out
+    prune.main(dataclasses.replace(cfg, resume=True, max_steps=8))
+    assert "going on from " in capfd.readouterr().out
 
 
 def test_a_signal_under_torchrun_stops_all_ranks_at_one_step(tmp_path, data_dir, source):

@@ -61,6 +61,15 @@ def test_resume_is_bit_identical(tmp_path, data_dir, source, stage, monkeypatch)
     assert sum(state["cursors"].values()) == 7 * 8 and state["evaluated"] == 7
 
 
+def test_an_evaluation_tells_people_each_sparsity_beside_its_target(tmp_path, data_dir, source, capsys):
+    prune.main(prune_settings(data_dir, tmp_path / "out", source))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    line = {x["step"]: x for x in train_lines(tmp_path / "out")}[3]
+    for name in ("hidden", "layer", "intermediate"):
+        assert f"{name} {line[f'sparsity/{name}']:.3f} of {line[f'target_sparsity/{name}']:.3f}" in said[1]
+    assert "sparsity" not in said[0]  # the source as it is
+
+
 SCORES = dict(relaxation="topk", freeze_weights=True, mask_learning_rate=0.1)
 
 
