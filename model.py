@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 MAX_LAYERS, MAX_PARAMS = 1000, 10**14  # more is a damaged file's, and would take for ever to build
-LOSS_CHUNK = 512  # rows of logits alive at a time in the loss: 512 x V floats instead of B*T x V
+LOSS_BYTES = 1 << 26  # of fp32 logits alive at a time in the loss, instead of B*T x V: 524 rows at V = 32,000
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,51 @@ def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class HeadLoss(torch.autograd.Function):
+    """The head and the cross-entropy in one, over chunks of tokens: no [B*T, V] tensor is ever there.
+
+    The forward pass computes the gradients too, where a chunk's probabilities are at hand, of the sum; backward
+    scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x [N, d], head [V, d], targets int64 [N] -> mean [], which has a gradient, and each token's loss [N]; nats.
+
+        dtype: of the products.  Softmax, losses and the sum of the head's gradient over chunks are in fp32 at least.
+        """
+        wide, (N, V) = torch.promote_types(dtype, torch.float32), (len(x), len(head))
+        narrow_x, narrow_head = x.to(dtype), head.to(dtype)
+        dx = torch.empty_like(narrow_x) if ctx.needs_input_grad[0] else None
+        dhead = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
+        each, rows = torch.empty(N, dtype=wide, device=x.device), max(1, LOSS_BYTES // (wide.itemsize * V))
+        for part in (slice(i, i + rows) for i in range(0, N, rows)):
+            log_p = F.log_softmax(F.linear(narrow_x[part], narrow_head), -1, dtype=wide)  # (rows, V)
+            target = targets[part, None]
+            each[part] = -log_p.gather(1, target)[:, 0]
+            if dx is None and dhead is None:
+                continue
+            p = log_p.exp_()
+            dlogits = p.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide)).to(dtype)
+            if dx is not None:
+                dx[part] = dlogits @ narrow_head
+            if dhead is not None and dtype == wide:
+                dhead.addmm_(dlogits.T, narrow_x[part])
+            elif dhead is not None:
+                dhead += dlogits.T @ narrow_x[part]
+        ctx.save_for_backward(dx, dhead)
+        ctx.N, ctx.dtypes = N, (x.dtype, head.dtype)
+        ctx.mark_non_differentiable(each)
+        return each.mean(), each
+
+    @staticmethod
+    def backward(ctx, dmean: Tensor, _) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place, for the memory's sake, so only once: autograd refuses a second time.  A compiler plans memory itself.
+        scale = Tensor.mul if torch.compiler.is_compiling() else Tensor.mul_
+        dx, dhead = (None if d is None else scale(d, dmean / ctx.N).to(t) for d, t in zip(ctx.saved_tensors, ctx.dtypes))
+        return dx, dhead, None, None
+
+
 class Transformer(nn.Module):
     """attention: "sdpa" or "flash_attn".  checkpointing, what the backward pass computes again to save memory: "none",
     "selective" (see keep_products) or "full" (each layer).
@@ -320,20 +365,11 @@ class Transformer(nn.Module):
         head = (self.model["embed_tokens"] if self.lm_head is None else self.lm_head).weight  # (V, d), unmasked
         if targets is None:
             return F.linear(x, head)
-        if torch.is_autocast_enabled(x.device.type):  # the fused loss is not on autocast's list
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, head = x.to(dtype), head.to(dtype)
-        # The fused mean computes its gradients in the forward pass, one product with the head cheaper than a loss a
-        # token, but in half precision it comes back rounded to three digits: there the mean is taken here, in fp32.
-        fused_mean = reduction == "mean" and x.dtype not in (torch.bfloat16, torch.float16)
-        loss = F.linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), reduction="mean" if fused_mean else "none",
-                                      options=nn.LinearCrossEntropyOptions(
-                                          batch_chunk_size=LOSS_CHUNK,
-                                          allow_retain_graph=torch.compiler.is_compiling()))  # or the graph breaks
-        if fused_mean:
-            return loss
-        loss = loss.view(targets.shape).to(torch.promote_types(loss.dtype, torch.float32))
-        return loss.mean(1) if reduction == "none" else loss.mean()
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if not torch.is_grad_enabled():
+            x, head = x.detach(), head.detach()  # or HeadLoss would compute gradients
+        mean, each = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), dtype)
+        return mean if reduction == "mean" else each.view(targets.shape).mean(1)
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, random_model, random_tokens, soft_mask, tiny_config
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
 from l0 import MASKS, dims
-from model import ModelConfig, Transformer, init_weights, rope_tables
+from model import HeadLoss, ModelConfig, Transformer, init_weights, rope_tables
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "model_small.npz")
 GOLDEN_NAMES = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.wq": "self_attn.q_proj",
@@ -115,7 +118,7 @@ def test_masks_of_ones_are_no_masks():
 @pytest.mark.parametrize("tie", [False, True])
 @torch.no_grad()
 def test_loss_is_the_cross_entropy_of_the_logits(tie, monkeypatch):
-    monkeypatch.setattr("model.LOSS_CHUNK", 10)  # several chunks, the last of them short
+    monkeypatch.setattr("model.LOSS_BYTES", 10 * 4 * 64)  # several chunks, the last of them short
     cfg = tiny_config(tie_embeddings=tie)
     model, tokens, masks = random_model(cfg), random_tokens(cfg, B=3, T=17), random_masks(cfg)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -123,6 +126,53 @@ def test_loss_is_the_cross_entropy_of_the_logits(tie, monkeypatch):
         each = F.cross_entropy(model(inputs, masks=z).transpose(1, 2), targets, reduction="none")
         torch.testing.assert_close(model(inputs, targets, z), each.mean())
         torch.testing.assert_close(model(inputs, targets, z, reduction="none"), each.mean(1))
+
+
+def test_gradient_of_the_loss_is_that_of_plain_cross_entropy(monkeypatch):
+    """In fp32 to 1e-6 with frozen parts left out, and in fp64 against differences; under checkpointing too."""
+    monkeypatch.setattr("model.LOSS_BYTES", 5 * 8 * 11)
+    generator = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(n, 6, generator=generator, dtype=torch.float64).requires_grad_() for n in (12, 11))
+    targets = torch.randint(11, (12,), generator=generator)
+
+    def loss(x, head):
+        return HeadLoss.apply(x, head, targets, x.dtype)[0]
+
+    # checkpointing computes the forward pass again for each of gradcheck's backward passes: one alone may take its gradients
+    assert torch.autograd.gradcheck(lambda *given: checkpoint(loss, *given, use_reentrant=False), (x, head))
+    x, head = (t.detach().float().requires_grad_() for t in (x, head))
+    want = torch.autograd.grad(3 * F.cross_entropy(x @ head.T, targets), (x, head))
+    found = torch.autograd.grad(3 * loss(x, head), (x, head))
+    alone = torch.autograd.grad(3 * loss(x, head.detach()), x) + torch.autograd.grad(3 * loss(x.detach(), head), head)
+    for a, b, c in zip(found, alone, want):
+        torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # a second pass would scale them again
+        again = 3 * loss(x, head)
+        again.backward(retain_graph=True)
+        again.backward()
+
+
+class RoundedOnce(TorchDispatchMode):
+    """Products in bf16 as a GPU takes them: added up in fp32, then rounded.  The CPU's own take 100 times as long."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.bfloat16:
+            return (args[0].float() @ args[1].float()).bfloat16()
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradient_of_the_head_in_bf16_is_as_near_as_one_rounding(monkeypatch):
+    monkeypatch.setattr("model.LOSS_BYTES", 500 * 4 * 2000)
+    generator, V, N = torch.Generator().manual_seed(0), 2000, 4000
+    targets = torch.multinomial(1 / torch.arange(1.0, V + 1), N, replacement=True, generator=generator)  # Zipf's law
+    x = torch.randn(N, 64, generator=generator)
+    head = (0.02 * torch.randn(V, 64, generator=generator)).requires_grad_()
+    want, = torch.autograd.grad(F.cross_entropy(x @ head.T, targets), head)
+    with RoundedOnce():
+        found, = torch.autograd.grad(HeadLoss.apply(x, head, targets, torch.bfloat16)[0], head)
+    assert found.dtype == torch.float32
+    assert (found - want).norm() < 0.0025 * want.norm()
 
 
 @torch.no_grad()
@@ -207,7 +257,7 @@ def test_gradients_of_masks_are_finite_differences(kv_heads, sets):
     masks = {name: torch.empty(z.shape, dtype=torch.float64).uniform_(0.2, 0.9, generator=generator).requires_grad_()
              for name, z in random_masks(cfg, sets).items()}
 
-    # not torch's gradcheck: it runs backward twice, which the fused loss refuses
+    # not torch's gradcheck: it runs backward twice, which the loss refuses
     gradients = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:], masks), list(masks.values()))
     with torch.no_grad():
         for z, gradient in zip(masks.values(), gradients):
