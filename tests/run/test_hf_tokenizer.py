@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_tokenizer import LLAMA3, MISTRAL, hugging_face  # noqa: F401  # a fixture
 from transformers import AutoTokenizer
 
-from convert import CLASSES
+from convert import FAMILIES
 from run import hf_tokenizer as hf
 from run.settings import UserError
 from run.tokenizer import LLAMA3_PATTERN, PROBE, Tokenizer, load_tokenizer
@@ -82,7 +82,7 @@ def exported(source: Path, folder: Path, model_type: str) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_auto_tokenizer_agrees(name, model_type, sources, tmp_path):
     tokenizer = exported(sources[name], tmp_path / "export", model_type)
