@@ -1,5 +1,5 @@
-# python -m tools.importance configs/demo_prune.py --out_dir=out/demo/activation --calibration_sequences=64
 # python prune.py configs/demo_prune.py
+# Before it: python -m tools.importance configs/demo_prune.py --out_dir=out/demo/activation --calibration_sequences=64
 # The demo's source (192, 6 layers, 6 heads in 3 groups, 512) -> (128, 4 layers, 4 heads in 2 groups, 320), by masks alone:
 # the source's weights stay as they are.  4 sequences x 128 tokens = 512 tokens a step; x 20 steps = 10,240 tokens.
 # The released recipe, which trains weights under sampled masks: --relaxation=sample --init_scores= --freeze_weights=False

@@ -354,7 +354,7 @@ def test_a_process_of_its_own_says_no_more(place):
 
 NO_PATHS = {"split", "text_field", "domain_field", "shard", "steps", "against", "prompt",  # text that names no file
             "gpu", "runs"}  # bare arguments: the shell expands them
-REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk"],
+REQUIRED = {"prune": [*NEEDED, "--out_dir=o", "--relaxation=topk", "--init_scores=s"],
             "pretrain": [*NEEDED, "--out_dir=o", "--update=constant"],
             "convert": ["--out_dir=o"], "prepare": ["--input_dir=i", "--out_dir=o", "--tokenizer=t"],
             "compact": ["--checkpoint=c", "--out_dir=o"], "sample": ["--model_dir=m"],

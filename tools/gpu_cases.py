@@ -56,12 +56,17 @@ def in_bf16(device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def one_process(device: torch.device) -> Processes:
+    """In bf16 on a GPU; a CPU, where some take minutes for a product in bf16, shows with fp32 that a check works."""
+    return Processes(0, 1, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def losses_of(model: nn.Module, wrapped: Callable, processes: Processes, masks: dict) -> Tensor:
-    """Of four steps of plain gradient descent in bf16."""
+    """Of four steps of plain gradient descent."""
     _, tokens = masks_and_tokens(processes.device)
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
     for _ in range(4):
-        with in_bf16(processes.device):
+        with processes.autocast():
             loss = wrapped(tokens, tokens, masks)
         loss.backward()
         optimizer.step()
@@ -147,7 +152,7 @@ def check_a_resumed_run_is_the_same_to_the_bit(device: torch.device) -> str:
 
 def check_ddp_and_fsdp_are_the_plain_model(device: torch.device) -> str:
     """In a process group of one."""
-    alone, found = Processes(0, 1, device, torch.bfloat16), []
+    alone, found = one_process(device), []
     masks, _ = masks_and_tokens(device)
     model = fresh(device)
     plain = losses_of(model, model, alone, masks)
@@ -174,7 +179,7 @@ def check_flash_attn_is_sdpa(device: torch.device) -> str:
 
 
 def check_compiled_is_eager(device: torch.device) -> str:
-    alone, found = Processes(0, 1, device, torch.bfloat16), []
+    alone, found = one_process(device), []
     for name, masks in (("masked", masks_and_tokens(device)[0]), ("dense", {})):
         losses = []
         for compiled in (True, False):
