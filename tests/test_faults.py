@@ -128,15 +128,19 @@ def test_a_signal_under_torchrun_stops_all_ranks_at_one_step(tmp_path, data_dir,
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, data_dir, source):
-    """SIGKILL, ten times the moment that a checkpoint is being written, ten times anywhere."""
+    """SIGKILL, ten times the moment that a checkpoint is being written, five times anywhere, five after a new checkpoint."""
     changes = dict(max_steps=900, eval_interval=20, save_interval=3, keep_last=3, log_interval=2, **STEERED)
     cfg = prune_settings(data_dir, tmp_path / "parts", source, resume=True, **changes)
     rng, during_save, steps = random.Random(0), 0, set()
     for kill in range(20):
         for left in (tmp_path / "parts").glob("*.tmp"):
             left.rename(left.with_suffix(f".left{kill}"))
-        process = start("prune", cfg)
-        if kill % 2:
+        before, process = all_checkpoints(tmp_path / "parts")[-1:], start("prune", cfg)
+        if kill % 4 == 0:  # however long a start takes here, some get on
+            while all_checkpoints(tmp_path / "parts")[-1:] == before and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1))
+        elif kill % 2:
             while not list((tmp_path / "parts").glob("*.tmp")) and process.poll() is None:
                 pass
             time.sleep(rng.choice((0, 0, 0.001, 0.004)))

@@ -78,6 +78,7 @@ for words, folder in (("--from_hf", "models/llama2-7b"), ("prune.py configs", "o
                       ("--to_hf", "export/1.3b")):
     if words in arguments:
         pathlib.Path(folder).mkdir(parents=True)
+        (pathlib.Path(folder) / "model.safetensors").touch()
 """)
         program.chmod(0o755)
     (tmp_path / "stop").touch()

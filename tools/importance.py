@@ -152,7 +152,8 @@ def measure(cfg: ImportanceSettings, model: Transformer, sets: dict, data: RunDa
 
 def main(cfg: ImportanceSettings) -> None:
     source, target, sets = shapes(cfg)
-    check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
+    folder = Path(cfg.out_dir) / "step_0000000"
+    check(not folder.exists(), f"{folder} exists already; remove it or choose another out_dir")
     processes = start_processes(cfg)
     check(processes.world == 1, "this tool runs in one process; start it with python, not torchrun")
     with user_errors(), verified(cfg.init_from):
@@ -161,8 +162,6 @@ def main(cfg: ImportanceSettings) -> None:
         model = load_weights(Transformer(source, attention=cfg.attention).to(processes.device), cfg.init_from)
         scores = measure(cfg, model, sets, data, processes)
         state, assets = fresh_state(cfg, data), carried_assets(cfg, data)
-    folder = Path(cfg.out_dir) / "step_0000000"
-    folder.parent.mkdir(parents=True)
     weights = dict(sorted(model.named_parameters()))
     with new_folder(folder) as temporary:
         write_tensors(temporary / "model.safetensors", {n: p.shape for n, p in weights.items()},

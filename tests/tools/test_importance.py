@@ -95,7 +95,7 @@ def test_the_gradient_score_is_the_squared_change_of_the_loss(tmp_path, data_dir
 
 
 def test_bad_settings_are_refused(tmp_path, data_dir, source):
-    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "step_0000000").mkdir(parents=True)
     with pytest.raises(UserError, match="exists already"):
         main(settings(data_dir, tmp_path / "there", source))
     with pytest.raises(ValueError, match="calibration_sequences = 1"):
