@@ -204,7 +204,7 @@ CASES = {
     "a damaged checkpoint": (
         "compact", lambda p: shutil.copytree(p.pruned / "step_0000003", p.data / "run" / "step_0000003") and flip(
             p.data / "run" / "step_0000003" / "model.safetensors"), at_run,
-        r"step_0000003 is damaged: model\.safetensors differs from its checksum in manifest\.json \(model\..*take an earlier"),
+        r"step_0000003 is damaged: model\.safetensors differs from its checksum in manifest\.json \(model.*take an earlier"),
     "a folder in the way": ("compact", lambda p: p.out.mkdir(parents=True), {}, "out_dir = .* exists already"),
     "nothing to write": ("compact", nothing, dict(out_dir=""), "out_dir"),
 }
