@@ -1,6 +1,6 @@
 # python pretrain.py configs/demo_scratch.py
-# The demo's target shape from fresh weights, with as many operations as pruning and continuing took together.
-# 16 sequences x 128 tokens = 2048 tokens a step; x 450 steps = 0.9 M tokens.
+# The demo's target shape from fresh weights, on as many tokens as pruning and continuing took together.
+# 16 sequences x 128 tokens = 2048 tokens a step; x 500 steps = 1.0 M tokens.
 data_dir = "out/demo/data"
 out_dir = "out/demo/scratch"
 split = "train"
@@ -13,9 +13,9 @@ update = "constant"
 seq_len = 128
 global_batch_size = 16
 micro_batch_size = 16
-max_steps = 450
+max_steps = 500
 learning_rate = 4e-3
 warmup_steps = 40
-eval_interval = 225
+eval_interval = 250
 eval_sequences = 32
-save_interval = 450
+save_interval = 500
