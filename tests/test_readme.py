@@ -1,10 +1,8 @@
 """What the README tells a reader to type exists and works."""
 
-import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ import prepare
 import pretrain
 import prune
 from run.settings import parse_args
-from tools import bench, demo, gguf_to_hf, importance, plot, reference_loss, sample, scaling, shapes
+from tools import bench, gguf_to_hf, importance, plot, reference_loss, sample, scaling, shapes
 
 README = Path("README.md").read_text(encoding="utf-8")
 DOCS = README + "".join(p.read_text(encoding="utf-8") for p in sorted(Path("docs").glob("*.md")))
@@ -97,25 +95,6 @@ for words, folder in (("--from_hf", "models/llama2-7b"), ("prune.py configs", "o
         words = shlex.split(run)
         at = next(i for i, word in enumerate(words) if word.endswith(".py") and "/" not in word)
         parse_args(SETTINGS[words[at]], words[at + 1:])
-
-
-@pytest.mark.slow
-def test_the_small_recipe_ends_at_an_export_that_training_made_better(tmp_path):
-    """configs/smollm2.sh, in a copy of the repository, on a share of the demo's text; a second time it has nothing to do."""
-    for path in (*Path(".").glob("*.py"), *map(Path, ("configs", "run", "tools"))):
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    demo.BYTES_PER_DOMAIN = 400_000
-    demo.gather(tmp_path / "out/demo/raw")
-    first = shell("smollm2.sh", tmp_path, Path(sys.executable).parent)
-    assert first.returncode == 0, first.stderr[-3000:]
-    config = json.loads((tmp_path / "out/smollm2/export/config.json").read_text())
-    assert (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"],
-            config["intermediate_size"]) == (448, 26, 6, 2, 1152)
-    lines = [json.loads(line) for line in (tmp_path / "out/smollm2/continue/metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert losses[-1] < losses[0] - 0.3
-    second = shell("smollm2.sh", tmp_path, Path(sys.executable).parent)
-    assert second.returncode == 0 and "wrote" not in second.stdout and "step" not in second.stdout
 
 
 @pytest.mark.parametrize("stage", SETTINGS)

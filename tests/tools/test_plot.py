@@ -15,7 +15,7 @@ import pretrain
 import prune
 from l0 import MASKS, dims
 from model import layer_masks
-from tools import pictures, plot
+from tools import importance, pictures, plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,7 +86,9 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(pruned, tmp_path):
 
 
 def test_masks_of_topk(data_dir, source, tmp_path):
-    prune.main(prune_settings(data_dir, tmp_path / "run", source, relaxation="topk"))
+    cfg = prune_settings(data_dir, tmp_path / "scores", source)
+    importance.main(importance.ImportanceSettings(**vars(cfg) | dict(score="magnitude", calibration_sequences=2)))
+    prune.main(prune_settings(data_dir, tmp_path / "run", source, relaxation="topk", init_scores=str(tmp_path / "scores")))
     plot.main(plot.PlotSettings(runs=(str(tmp_path / "run"),)))
     run = plot.read_run(tmp_path / "run")
     assert all(set(z.unique().tolist()) == {0, 1} for z in run.last_masks.values())
