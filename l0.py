@@ -13,8 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# name -> axes.  `layer` closes both blocks of a layer; `head_layer` and `mlp` close attention and MLP one by one.
+# Letter -> what a target calls the dimension, and its size in a model.ModelConfig.
+DIMS = {
+    "d": ("hidden_size", lambda cfg: cfg.hidden_size),
+    "L": ("n_layers", lambda cfg: cfg.n_layers),
+    "H": ("n_heads", lambda cfg: cfg.n_heads),
+    "K": ("n_kv_heads", lambda cfg: cfg.n_kv_heads),
+    "G": ("query heads a KV head", lambda cfg: cfg.n_heads // cfg.n_kv_heads),
+    "f": ("intermediate_size", lambda cfg: cfg.intermediate_size),
+}
+# Name -> axes.  The last is the dimension of the target that the set leads to; of several sets that lead to one, the first
+# is taken unless others are named: `layer` closes both blocks of a layer, `head_layer` and `mlp` close them one by one.
 # Without GQA (K = H) heads are pruned by `head`; with it by `kv_head` (a KV head and its group) times `query_head`.
+# The order is that of the noise.
 MASKS = {
     "hidden": ("d",),
     "layer": ("L",),
@@ -26,51 +37,48 @@ MASKS = {
     "query_head": ("L", "K", "G"),
 }
 
-BETA, GAMMA, ZETA, EPS, MAGIC = 2 / 3, -0.1, 1.1, 1e-6, 0.8  # temperature, stretch, clamps, sharpness at evaluation
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # temperature of the sigmoid; it is stretched to (GAMMA, ZETA), then cut to [0, 1]
+EPS = 1e-6  # uniforms and probabilities stay so far from 0 and 1
+MAGIC = 0.8  # the released code's name: makes the mask of evaluation softer; at LOG_ALPHA_MAX z is 0.996, without it 0.999
 LOG_ALPHA_MIN, LOG_ALPHA_MAX = math.log(1e-2), math.log(1e2)
-LOGIT_ZERO = math.log(-GAMMA / ZETA)  # ln(x / (1 - x)) of the stretched point x = -gamma / (zeta - gamma) that maps to 0
+LOGIT_ZERO = math.log(-GAMMA / ZETA)  # ln(x / (1 - x)) of x = -GAMMA / (ZETA - GAMMA), which the stretch maps to 0
 
 
 def dims(cfg) -> dict[str, int]:
     """The sizes that the letters of MASKS stand for, of a model.ModelConfig."""
-    return {"d": cfg.hidden_size, "L": cfg.n_layers, "H": cfg.n_heads, "K": cfg.n_kv_heads,
-            "G": cfg.n_heads // cfg.n_kv_heads, "f": cfg.intermediate_size}
+    return {letter: size(cfg) for letter, (_, size) in DIMS.items()}
 
 
 def mask_sets(source, target, modules: tuple[str, ...] | None = None) -> dict[str, tuple[tuple[int, ...], int]]:
     """The mask sets that lead from one shape to another: name -> (shape, units kept of each row).
 
-    source, target: model.ModelConfig.  modules: names of MASKS; None takes each set whose size changes (heads by the
-    one rule above, layers by `layer`).  A set whose target equals its source is left out.
+    source, target: model.ModelConfig.  modules: names of MASKS; None takes for each dimension the first set that leads
+    there.  A set whose target equals its source is left out.
     Raises ValueError if the target cannot be reached, naming the dimension.
     """
     a, b = dims(source), dims(target)
     gqa = a["K"] != a["H"]
     if not gqa and b["K"] != b["H"]:
         raise ValueError(f"target n_kv_heads = {b['K']} must equal n_heads = {b['H']}, since the source has no groups")
-    for letter, name in (("d", "hidden_size"), ("L", "n_layers"), ("H", "n_heads"), ("K", "n_kv_heads"),
-                         ("G", "query heads a KV head"), ("f", "intermediate_size")):
+    for letter, (name, _) in DIMS.items():
         if not 1 <= b[letter] <= a[letter]:
             raise ValueError(f"target {name} = {b[letter]} is not between 1 and the source's {a[letter]}")
-    default = ("hidden", "layer", "intermediate") + (("kv_head", "query_head") if gqa else ("head",))
-    modules = default if modules is None else modules
+    covers = {}  # dimension -> the sets that lead there, the default first; of H, K and G those that this source has
+    for name, axes in MASKS.items():
+        if axes[-1] not in ("H" if gqa else "KG"):
+            covers.setdefault(axes[-1], []).append(name)
+    modules = [names[0] for names in covers.values()] if modules is None else modules
     if unknown := [m for m in modules if m not in MASKS]:
         raise ValueError(f"pruning_modules has {unknown[0]!r}, which is not one of {', '.join(MASKS)}")
-    if wrong := set(modules) & ({"head"} if gqa else {"kv_head", "query_head"}):
+    if wrong := set(modules).difference(*covers.values()):
         raise ValueError(f"pruning_modules has {sorted(wrong)[0]!r}, but the source has "
                          + ("grouped heads: take kv_head and query_head" if gqa else "no groups: take head"))
-    sets = {}
-    for name in MASKS:
-        axes = MASKS[name]
-        kept = b[axes[-1]]
-        if name in modules and kept != a[axes[-1]]:
-            sets[name] = (tuple(a[x] for x in axes), kept)
-    covers = {"d": ["hidden"], "L": ["layer", "head_layer", "mlp"], "f": ["intermediate"],
-              "H": ["head"], "K": ["kv_head"], "G": ["query_head"]}
-    for letter in "dLf" + ("KG" if gqa else "H"):
-        if a[letter] != b[letter] and not set(covers[letter]) & set(sets):
+    sets = {name: (tuple(a[x] for x in axes), b[axes[-1]]) for name, axes in MASKS.items()
+            if name in modules and a[axes[-1]] != b[axes[-1]]}
+    for letter, names in covers.items():
+        if a[letter] != b[letter] and not sets.keys() & set(names):
             raise ValueError(f"the target's {letter} = {b[letter]} differs from the source's {a[letter]}, but "
-                             f"pruning_modules lacks {' or '.join(covers[letter])}")
+                             f"pruning_modules lacks {' or '.join(names)}")
     if a["L"] != b["L"] and "layer" not in sets and not {"head_layer", "mlp"} <= sets.keys():
         raise ValueError(f"the target has {b['L']} layers, the source {a['L']}: a layer is closed by `layer`, or by both "
                          "`head_layer` and `mlp`, but pruning_modules has only one of the two")
@@ -84,7 +92,7 @@ def sample(log_alpha: Tensor, u: Tensor) -> Tensor:
 
 
 def prob_open(log_alpha: Tensor) -> Tensor:
-    """P(z != 0), elementwise."""
+    """P(z != 0), elementwise: z is 0 where s <= x, which is where ln u - ln(1 - u) <= LOGIT_ZERO * BETA - log_alpha."""
     return 1 - torch.sigmoid(LOGIT_ZERO * BETA - log_alpha).clamp(EPS, 1 - EPS)
 
 

@@ -133,23 +133,26 @@ def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str,
 
     Returns hidden [d] (both norms), head [H] (columns of o_proj, h each), intermediate [f] (rows of up_proj),
     attention_out [d] (rows of o_proj) and mlp_out [d] (rows of down_proj); None is a factor of one.
+    Raises ValueError if a set is among the masks that gives no factor.
     """
-    z = {name: masks[name][i] for name in masks if name != "hidden"}
-    kv_head, query_head = z.get("kv_head"), z.get("query_head")  # [K], [K, G]
-    if kv_head is not None:
+    z = {name: mask if name == "hidden" else mask[i] for name, mask in masks.items()}
+    hidden, layer, kv_head, query_head = (z.pop(name, None) for name in ("hidden", "layer", "kv_head", "query_head"))
+    if kv_head is not None:  # [K]
         kv_head = kv_head.repeat_interleave(cfg.n_heads // cfg.n_kv_heads)  # a KV head takes its group along
-    hidden = masks.get("hidden")
 
-    def each_output(factor: Tensor | None) -> Tensor | None:  # () without a hidden mask, else (d)
+    def each_output(factor: Tensor | None) -> Tensor | None:  # one for each row: without a hidden mask there is but one, ()
         return None if factor is None else factor.expand(cfg.hidden_size)
 
-    return {
+    factors = {
         "hidden": hidden,
-        "head": product(z.get("head"), kv_head, None if query_head is None else query_head.flatten()),
-        "intermediate": z.get("intermediate"),
-        "attention_out": each_output(product(z.get("layer"), z.get("head_layer"), hidden)),
-        "mlp_out": each_output(product(z.get("layer"), z.get("mlp"), hidden)),
+        "head": product(z.pop("head", None), kv_head, None if query_head is None else query_head.flatten()),
+        "intermediate": z.pop("intermediate", None),
+        "attention_out": each_output(product(layer, z.pop("head_layer", None), hidden)),
+        "mlp_out": each_output(product(layer, z.pop("mlp", None), hidden)),
     }
+    if z:  # it would train, and do nothing
+        raise ValueError(f"layer_masks puts no factor on any weight for the mask set {', '.join(z)}")
+    return factors
 
 
 def masked_linear(x: Tensor, linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data import Batch, RunData, Sampler, evaluate, open_run_data, steer
 from l0 import BLOCKS, L0, TopK, expected_params, mask_sets, undecided
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, layer_masks
 from run.checkpoint import load_optimizer, parameter_names, save_checkpoint, save_masks, start_run
 from run.metrics import Metrics
 from run.plan import Parts, preflight, report
@@ -72,15 +72,13 @@ class PruneSettings(TrainSettings):
 
 def target_config(cfg: PruneSettings, source: ModelConfig) -> ModelConfig:
     """The exact shape to end at.  Raises ValueError if the numbers do not fit together."""
-    n_heads = cfg.target_n_heads or source.n_heads
-    group = source.n_heads // source.n_kv_heads
-    if cfg.target_n_kv_heads is None and n_heads % group:
+    given = {f.name.removeprefix("target_"): getattr(cfg, f.name) for f in dataclasses.fields(cfg)
+             if f.name.startswith("target_") and getattr(cfg, f.name) is not None}
+    n_heads, group = given.get("n_heads", source.n_heads), source.n_heads // source.n_kv_heads
+    if "n_kv_heads" not in given and n_heads % group:
         raise ValueError(f"target_n_heads = {n_heads} does not divide by the source's group of {group} query heads; "
                          f"choose a multiple, or give target_n_kv_heads")
-    return dataclasses.replace(
-        source, hidden_size=cfg.target_hidden_size or source.hidden_size, n_layers=cfg.target_n_layers or source.n_layers,
-        n_heads=n_heads, n_kv_heads=cfg.target_n_kv_heads or n_heads // group,
-        intermediate_size=cfg.target_intermediate_size or source.intermediate_size)
+    return dataclasses.replace(source, **({"n_kv_heads": n_heads // group} | given))
 
 
 def mask_metrics(masks: L0 | TopK, source: ModelConfig, cfg: PruneSettings, step: int) -> dict[str, float | Tensor]:
@@ -127,6 +125,7 @@ def shapes(cfg: PruneSettings) -> tuple[ModelConfig, ModelConfig, dict]:
               "would be lost; run compact.py on it first, or go on with that run by --resume")
         target = target_config(cfg, source)
         sets = mask_sets(source, target, cfg.pruning_modules)
+        layer_masks({name: torch.ones(shape) for name, (shape, _) in sets.items()}, 0, source)  # or a set does nothing
     check(bool(sets) or cfg.pruning_modules is not None, "nothing to prune: no target_* is smaller than the source's "
           f"({source}); give one, or --pruning_modules='()' to train without masks")
     return source, target, sets

@@ -18,7 +18,7 @@ import compact as compact_stage
 import convert
 import prune
 from compact import compact
-from l0 import L0, MASKS, mask_sets
+from l0 import DIMS, L0, MASKS, dims, mask_sets
 from model import ModelConfig, Transformer
 from run.settings import UserError
 from run.weights import load_weights, read_model_config
@@ -133,6 +133,40 @@ def test_transformers_gives_the_masked_logits(name, tmp_path):
     convert.main(convert.ConvertSettings(to_hf=str(tmp_path / "ours"), out_dir=str(tmp_path / "hf")))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     close(theirs(tokens).logits, model(tokens, masks=masks), 1e-4)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@torch.no_grad()
+def test_a_unit_of_every_set_matters_until_it_is_cut(name):
+    """A set that did nothing, or that compaction overlooked, would fail here: a line in the table is not enough."""
+    cfg = tiny_config(n_kv_heads=2 if name in ("kv_head", "query_head") else 4)
+    model, tokens = random_model(cfg), random_tokens(cfg)
+    masks = {name: torch.ones([dims(cfg)[x] for x in MASKS[name]])}
+    masks[name][..., 1] = 0  # of each row
+    if name in ("head_layer", "mlp"):  # one alone empties a block, which stays; both take the layer away
+        masks = {"head_layer": masks[name], "mlp": masks[name]}
+    masked = model(tokens, masks=masks)
+    assert (masked - model(tokens)).abs().max() > 1e-2
+    weights, shape = compact(dict(model.named_parameters()), cfg, masks)
+    axis = MASKS[name][-1]
+    assert dims(shape)[axis] == dims(cfg)[axis] - 1 and shape.n_params() < cfg.n_params()
+    dense = Transformer(shape)
+    dense.load_state_dict(weights)
+    close(dense(tokens), masked)
+
+
+def test_a_set_that_nothing_reads_is_refused(source, data_dir, tmp_path, monkeypatch):
+    """Also one of a new axis: a line for the axis, one for the set, a field for the target."""
+    monkeypatch.setitem(DIMS, "V", ("vocab_size", lambda cfg: cfg.vocab_size))
+    monkeypatch.setitem(MASKS, "token", ("L", "V"))
+    cfg = tiny_config()
+    target = dataclasses.replace(cfg, vocab_size=60)
+    assert mask_sets(cfg, target) == {"token": ((4, 64), 60)}
+    with pytest.raises(ValueError, match="no factor on any weight for the mask set token"):
+        random_model(cfg)(random_tokens(cfg), masks={"token": torch.ones(4, 64)})
+    monkeypatch.setattr(prune, "target_config", lambda settings, shape: target)
+    with pytest.raises(UserError, match="no factor on any weight for the mask set token"):
+        prune.main(prune_settings(data_dir, tmp_path / "run", source))
 
 
 def ones(cfg: ModelConfig) -> dict[str, torch.Tensor]:
