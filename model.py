@@ -280,31 +280,44 @@ def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 class HeadLoss(torch.autograd.Function):
-    """The head and the cross-entropy in one, over chunks of tokens: no [B*T, V] tensor is ever there.
+    """The head and the loss in one, over chunks of tokens: no [B*T, V] tensor is ever there.
 
-    The forward pass computes the gradients too, where a chunk's probabilities are at hand, of the sum; backward
-    scales them.
+    The loss is cross-entropy; with a teacher (1 - w) cross-entropy + w KL(teacher || student).  The forward pass computes
+    the gradients too, where a chunk's probabilities are at hand, of the sum; backward scales them.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x [N, d], head [V, d], targets int64 [N] -> mean [], which has a gradient, and each token's loss [N]; nats.
+    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, teacher_x: Tensor | None = None,
+                teacher_head: Tensor | None = None, kd_weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [N, d], head [V, d], targets int64 [N] -> loss [], the one with a gradient; cross-entropy of each token [N];
+        mean KL [], None without a teacher; all in nats.
 
         dtype: of the products.  Softmax, losses and the sum of the head's gradient over chunks are in fp32 at least.
+        teacher_x [N, d'], teacher_head [V, d']: what the teacher's `body` gives.  kd_weight: w.
         """
         wide, (N, V) = torch.promote_types(dtype, torch.float32), (len(x), len(head))
         narrow_x, narrow_head = x.to(dtype), head.to(dtype)
         dx = torch.empty_like(narrow_x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
-        each, rows = torch.empty(N, dtype=wide, device=x.device), max(1, LOSS_BYTES // (wide.itemsize * V))
+        each, kl = torch.empty(N, dtype=wide, device=x.device), None
+        rows = max(1, LOSS_BYTES // (wide.itemsize * V))
+        if teacher_x is not None:
+            kl, rows = torch.empty_like(each), (rows + 1) // 2  # two such tensors
+            teacher_x, teacher_head = teacher_x.to(dtype), teacher_head.to(dtype)
         for part in (slice(i, i + rows) for i in range(0, N, rows)):
             log_p = F.log_softmax(F.linear(narrow_x[part], narrow_head), -1, dtype=wide)  # (rows, V)
             target = targets[part, None]
             each[part] = -log_p.gather(1, target)[:, 0]
+            if kl is not None:
+                log_q = F.log_softmax(F.linear(teacher_x[part], teacher_head), -1, dtype=wide)
+                q = log_q.exp()
+                kl[part] = log_q.sub_(log_p).mul_(q).sum(-1)
             if dx is None and dhead is None:
                 continue
             p = log_p.exp_()
-            dlogits = p.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide)).to(dtype)
+            if kl is not None:
+                p.sub_(q, alpha=kd_weight)
+            dlogits = p.scatter_add_(1, target, torch.full_like(target, kd_weight - 1, dtype=wide)).to(dtype)
             if dx is not None:
                 dx[part] = dlogits @ narrow_head
             if dhead is not None and dtype == wide:
@@ -313,15 +326,19 @@ class HeadLoss(torch.autograd.Function):
                 dhead += dlogits.T @ narrow_x[part]
         ctx.save_for_backward(dx, dhead)
         ctx.N, ctx.dtypes = N, (x.dtype, head.dtype)
-        ctx.mark_non_differentiable(each)
-        return each.mean(), each
+        if kl is None:
+            ctx.mark_non_differentiable(each)
+            return each.mean(), each, None
+        kl = kl.mean()
+        ctx.mark_non_differentiable(each, kl)
+        return (1 - kd_weight) * each.mean() + kd_weight * kl, each, kl
 
     @staticmethod
-    def backward(ctx, dmean: Tensor, _) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, dloss: Tensor, *_) -> tuple[Tensor | None, ...]:
         # In place, for the memory's sake, so only once: autograd refuses a second time.  A compiler plans memory itself.
         scale = Tensor.mul if torch.compiler.is_compiling() else Tensor.mul_
-        dx, dhead = (None if d is None else scale(d, dmean / ctx.N).to(t) for d, t in zip(ctx.saved_tensors, ctx.dtypes))
-        return dx, dhead, None, None
+        dx, dhead = (None if d is None else scale(d, dloss / ctx.N).to(t) for d, t in zip(ctx.saved_tensors, ctx.dtypes))
+        return dx, dhead, None, None, None, None, None
 
 
 class Transformer(nn.Module):
@@ -339,13 +356,8 @@ class Transformer(nn.Module):
         })
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, masks: dict[str, Tensor] | None = None,
-                *, reduction: str = "mean") -> Tensor:
-        """Logits, or the next-token cross-entropy.
-
-        tokens, targets: int64 [B, T].  masks: see l0.MASKS; fp32.  Without targets: logits [B, T, V].  With them: nats
-        per token, the mean over the batch (reduction "mean") or over each sequence, [B] ("none", for evaluation).
-        """
+    def body(self, tokens: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """All but the head: (x [B, T, d] after the last norm, the head [V, d] whose product with it are the logits)."""
         masks = masks or {}
         hidden = masks.get("hidden")
         x = self.model["embed_tokens"](tokens)  # (B, T, d)
@@ -365,13 +377,30 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, cos, sin, z)
         x = self.model["norm"](x, hidden)
-        head = (self.model["embed_tokens"] if self.lm_head is None else self.lm_head).weight  # (V, d), unmasked
+        return x, (self.model["embed_tokens"] if self.lm_head is None else self.lm_head).weight  # unmasked
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, masks: dict[str, Tensor] | None = None, *,
+                reduction: str = "mean", teacher: tuple[Tensor, Tensor] | None = None,
+                kd_weight: float = 0.0) -> Tensor | dict[str, Tensor]:
+        """Logits, or the next-token cross-entropy, or the losses of distillation.
+
+        tokens, targets: int64 [B, T].  masks: see l0.MASKS; fp32.  Without targets: logits [B, T, V].  With them: nats
+        per token, the mean over the batch (reduction "mean") or over each sequence, [B] ("none", for evaluation).
+        teacher: what the `body` of a model of the same vocabulary gives for these tokens.  With it three means: "loss", the
+        one with a gradient, "loss/ce" and "loss/kl", which kd_weight mixes into it; see HeadLoss.
+        """
+        x, head = self.body(tokens, masks)
         if targets is None:
             return F.linear(x, head)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if not torch.is_grad_enabled():
             x, head = x.detach(), head.detach()  # or HeadLoss would compute gradients
-        mean, each = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), dtype)
+        if teacher is not None:
+            teacher_x, teacher_head = teacher
+            loss, each, kl = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), dtype, teacher_x.flatten(0, 1),
+                                            teacher_head, kd_weight)
+            return {"loss": loss, "loss/ce": each.mean(), "loss/kl": kl}
+        mean, each, _ = HeadLoss.apply(x.flatten(0, 1), head, targets.flatten(), dtype)
         return mean if reduction == "mean" else each.view(targets.shape).mean(1)
 
 

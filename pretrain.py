@@ -6,7 +6,6 @@
 The loop is prune.py's without masks; tests/test_training.py holds the two to the same weights.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync, shard,
                            start_processes, used_up, wrap)
 from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.weights import load_weights, newest_in, read_model_config
+from run.teacher import flops_per_token, open_teacher, teacher_config
+from run.weights import load_weights, at_newest, read_model_config
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ def build(cfg: PretrainSettings, shape: ModelConfig, checkpoint: Path | None, pr
 
 
 def main(cfg: PretrainSettings) -> None:
-    cfg = dataclasses.replace(cfg, init_from=str(newest_in(cfg.init_from)) if cfg.init_from else "")
+    cfg = at_newest(cfg)
     with user_errors():
         shape = model_config(cfg)
+    taught = teacher_config(cfg, shape)
     if cfg.plan:
-        return print(report(cfg, shape, {}, Parts(Transformer)))
+        return print(report(cfg, shape, {}, Parts(Transformer, teacher=taught)))
     processes = start_processes(cfg)
     signals = Signals(processes)
     with user_errors():
@@ -94,20 +95,22 @@ def main(cfg: PretrainSettings) -> None:
     if checkpoint is not None or cfg.resume:
         processes.say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {cfg.out_dir} yet: the run begins")
     processes.say(f"{shape.n_params():,} parameters")
-    processes.on_main(preflight, cfg, processes, shape, {}, data, state)
+    processes.on_main(preflight, cfg, processes, shape, {}, data, state, taught)
     model, optimizer = build(cfg, shape, checkpoint, processes)
-    train(cfg, processes, signals, data, sampler, state, model, optimizer, assets)
+    teacher = open_teacher(cfg, taught, Transformer, processes)
+    train(cfg, processes, signals, data, sampler, state, model, teacher, optimizer, assets)
 
 
 def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, optimizer: torch.optim.AdamW, sampler: Sampler,
-               batch: Batch, step: int, mark: Callable[[str], None] = lambda phase: None) -> dict[str, Tensor]:
+               batch: Batch, step: int, mark: Callable[[str], None] = lambda phase: None, *,
+               teacher: nn.Module | None = None) -> dict[str, Tensor]:
     """One step of the optimizer: accumulate, clip, step.  model: of `wrap`.  mark(phase) is called as each phase ends.
 
     Returns what a log line averages, 0-d tensors on the device: the loss, and what `clip_and_step` tells.
     """
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
-    found = {"loss": torch.zeros((), device=device)}
+    found = {}
     for micro_step in range(accum):
         index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
         rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
@@ -115,10 +118,15 @@ def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, op
         mark("data")
         with no_sync(model, last=micro_step == accum - 1):
             with processes.autocast():
-                loss = model(tokens, targets) / accum
+                if teacher is None:
+                    losses = {"loss": model(tokens, targets)}
+                else:
+                    with torch.no_grad():
+                        learned = teacher.body(tokens)
+                    losses = model(tokens, targets, teacher=learned, kd_weight=cfg.kd_weight)
             mark("forward")
-            loss.backward()
-        found["loss"] += loss.detach()
+            (losses["loss"] / accum).backward()
+        found = {name: found.get(name, 0) + loss.detach() / accum for name, loss in losses.items()}
         mark("backward")
     found |= clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip)
     mark("optimizer")
@@ -126,13 +134,14 @@ def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, op
 
 
 def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
+          model: Transformer, teacher: Transformer | None, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
     """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
 
     A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.
     """
     wrapped = wrap(model, cfg, processes)
-    metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
+    metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token(
+        model.cfg, teacher and teacher.cfg, cfg.seq_len))
     first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps
@@ -155,7 +164,7 @@ def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: R
         if last:
             break
         metrics.start_clock()
-        metrics.add(train_step(cfg, processes, wrapped, optimizer, sampler, batch, step))
+        metrics.add(train_step(cfg, processes, wrapped, optimizer, sampler, batch, step, teacher=teacher))
         state.step, state.cursors = step + 1, batch.cursors
         if state.step % cfg.log_interval == 0 or state.step == cfg.max_steps:
             metrics.log({})

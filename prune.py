@@ -31,7 +31,8 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor, make_optimizer,
                            no_sync, shard, start_processes, used_up, wrap)
 from run.settings import FilePath, TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.weights import latest_checkpoint, load_weights, newest_in, read_model_config, read_tensors
+from run.teacher import flops_per_token, open_teacher, teacher_config
+from run.weights import latest_checkpoint, load_weights, at_newest, read_model_config, read_tensors
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ def shapes(cfg: PruneSettings) -> tuple[ModelConfig, ModelConfig, dict]:
 
 
 def main(cfg: PruneSettings) -> None:
-    cfg = dataclasses.replace(cfg, init_from=str(newest_in(cfg.init_from)))
+    cfg = at_newest(cfg)
     source, target, sets = shapes(cfg)
+    taught = teacher_config(cfg, source)
     if cfg.plan:
-        return print(report(cfg, source, sets, Parts(Transformer, L0)))
+        return print(report(cfg, source, sets, Parts(Transformer, L0, taught)))
     check(not cfg.freeze_weights or cfg.relaxation == "sample" or not sets.keys() <= set(BLOCKS), "nothing to learn: topk "
           f"takes whole layers as init_scores has them; run compact.py on {cfg.init_scores}")
     processes = start_processes(cfg)
@@ -150,12 +152,13 @@ def main(cfg: PruneSettings) -> None:
         processes.say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {cfg.out_dir} yet: the run begins")
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
-    processes.on_main(preflight, cfg, processes, source, sets, data, state)
+    processes.on_main(preflight, cfg, processes, source, sets, data, state, taught)
     if sets and cfg.max_steps < cfg.lagrangian_warmup_steps:
         processes.say(f"warning: the run ends at step {cfg.max_steps}, before its target sparsity is reached at step "
                       f"{cfg.lagrangian_warmup_steps}")
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
-    train(cfg, processes, signals, data, sampler, state, model, masks, optimizer, target, assets)
+    teacher = open_teacher(cfg, taught, Transformer, processes)
+    train(cfg, processes, signals, data, sampler, state, model, teacher, masks, optimizer, target, assets)
     for name, z in (masks.deterministic() if cfg.relaxation == "sample" else {}).items():
         asked, (dead, between) = masks.target_sparsity(name, cfg.max_steps, warmup=0), undecided(z)
         processes.say(f"{name}: expected sparsity {float(masks.sparsity()[name].detach().mean()):.4f}, "
@@ -163,15 +166,15 @@ def main(cfg: PruneSettings) -> None:
 
 
 def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks: L0 | TopK, optimizer: torch.optim.AdamW,
-               sampler: Sampler, batch: Batch, step: int,
-               mark: Callable[[str], None] = lambda phase: None) -> dict[str, Tensor]:
+               sampler: Sampler, batch: Batch, step: int, mark: Callable[[str], None] = lambda phase: None, *,
+               teacher: nn.Module | None = None) -> dict[str, Tensor]:
     """One step of the optimizers: accumulate, clip, step.  model: of `wrap`.  mark(phase) is called as each phase ends.
 
     Returns what a log line averages, 0-d tensors on the device: the losses, and what `clip_and_step` tells.
     """
     rank, world, device = processes.rank, processes.world, processes.device
     accum = cfg.global_batch_size // (cfg.micro_batch_size * world)
-    found = {"loss": torch.zeros((), device=device)}
+    found = {}
     for micro_step in range(accum):
         index = micro_step * world + rank  # of the micro-batch in the global batch, on any number of ranks
         rows = slice(index * cfg.micro_batch_size, (index + 1) * cfg.micro_batch_size)
@@ -181,10 +184,15 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
         mark("masks")
         with no_sync(model, last=micro_step == accum - 1):
             with processes.autocast():
-                loss = model(tokens, targets, z) / accum
+                if teacher is None:
+                    losses = {"loss": model(tokens, targets, z)}
+                else:
+                    with torch.no_grad():
+                        learned = teacher.body(tokens)
+                    losses = model(tokens, targets, z, teacher=learned, kd_weight=cfg.kd_weight)
             mark("forward")
-            loss.backward()
-        found["loss"] += loss.detach()
+            (losses["loss"] / accum).backward()
+        found = {name: found.get(name, 0) + loss.detach() / accum for name, loss in losses.items()}
         mark("backward")
     average_gradients(masks.units(), processes)
     if masks.sets and cfg.relaxation == "sample":
@@ -202,14 +210,15 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
 
 
 def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, masks: L0 | TopK, optimizer: torch.optim.AdamW, target: ModelConfig,
-          assets: list[Path]) -> None:
+          model: Transformer, teacher: Transformer | None, masks: L0 | TopK, optimizer: torch.optim.AdamW,
+          target: ModelConfig, assets: list[Path]) -> None:
     """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
 
     A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.
     """
     wrapped = wrap(model, cfg, processes)
-    metrics = Metrics(cfg, processes, state, flops_per_token=model.cfg.train_flops_per_token(cfg.seq_len))
+    metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token(
+        model.cfg, teacher and teacher.cfg, cfg.seq_len))
     first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps
@@ -237,7 +246,7 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
         if last:
             break
         metrics.start_clock()
-        metrics.add(train_step(cfg, processes, wrapped, masks, optimizer, sampler, batch, step))
+        metrics.add(train_step(cfg, processes, wrapped, masks, optimizer, sampler, batch, step, teacher=teacher))
         state.step, state.cursors = step + 1, batch.cursors
         if state.step % cfg.log_interval == 0 or state.step == cfg.max_steps:
             metrics.log(mask_metrics(masks, model.cfg, cfg, state.step))

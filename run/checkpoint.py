@@ -33,7 +33,7 @@ from run.weights import (all_checkpoints, checksums, damage, drop_cache, header,
 
 # Settings that a resumed run must keep, as it must its target_* and its tokens.
 FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
-         "reference_loss", "start_sparsity", "relaxation", "init_scores", "freeze_weights")
+         "reference_loss", "start_sparsity", "relaxation", "init_scores", "freeze_weights", "teacher", "kd_weight")
 
 
 def own_rows(tensor: Tensor, own: bool) -> tuple[Tensor, int] | None:
@@ -245,7 +245,7 @@ def start_run(cfg: TrainSettings, data) -> tuple[RunState, Path | None, list[Pat
         else:
             check(cfg.resume or not (out_dir / "metrics.jsonl").exists(), f"{out_dir} holds the metrics of a run without a "
                   "checkpoint; start it over with --resume, or choose another out_dir")
-            with verified(cfg.init_from):
+            with verified(cfg.init_from), verified(cfg.teacher):
                 state = fresh_state(cfg, data)
     return state, folder, assets
 
@@ -285,8 +285,9 @@ def resumed_state(cfg: TrainSettings, data, folder: Path) -> RunState:
           f"{', '.join(state.domain_weights)}, not on {', '.join(data.domains)}")
     before, now = read_json(folder.parent / "config.json"), json.loads(json.dumps(dataclasses.asdict(cfg)))
     check(isinstance(before, dict), f"{folder.parent / 'config.json'} is not a JSON object; it must hold the run's settings")
-    odd = [f"{n} = {before.get(n)!r}, not {now[n]!r}" for n in now
-           if (n in FIXED or n.startswith("target_")) and now[n] != before.get(n)]
+    before = {f.name: f.default for f in dataclasses.fields(cfg)} | before  # a setting that is newer than the run
+    odd = [f"{n} = {before[n]!r}, not {now[n]!r}" for n in now
+           if (n in FIXED or n.startswith("target_")) and now[n] != before[n]]
     check(not odd, f"{folder.parent} was begun with {'; '.join(odd)}; a resumed run must keep that")
     tokens = fingerprints(data)
     other = [d for d, was in state.tokens.items() if tokens[d] != was]
@@ -297,15 +298,14 @@ def resumed_state(cfg: TrainSettings, data, folder: Path) -> RunState:
 
 def carried_assets(cfg: TrainSettings, data) -> list[Path]:
     """Folders whose files go into every checkpoint.  Raises UserError if the model has another tokenizer than the data."""
-    assets = [data.tokenizer_dir]
-    if cfg.init_from:
-        own = Path(cfg.init_from) / "assets"
-        if holds_tokenizer(own):
-            check(load_tokenizer(own).fingerprint == data.train[0].tokenizer, f"{cfg.data_dir} was made with another "
-                  f"tokenizer than the one in {own}; run prepare.py --tokenizer={own}")
-            assets = []
-        assets = [own, *assets]
-    return assets
+    own = [Path(folder) / "assets" for folder in (cfg.init_from, cfg.teacher)]
+    for folder in own:
+        check(not holds_tokenizer(folder) or load_tokenizer(folder).fingerprint == data.train[0].tokenizer,
+              f"{cfg.data_dir} was made with another tokenizer than the one in {folder}; run prepare.py "
+              f"--tokenizer={folder}")
+    if not cfg.init_from:
+        return [data.tokenizer_dir]
+    return [own[0], *([] if holds_tokenizer(own[0]) else [data.tokenizer_dir])]
 
 
 def read_state(folder: Path) -> RunState:

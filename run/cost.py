@@ -44,10 +44,11 @@ FITS = 0.85  # of a memory: the rest is the context's, and what the allocator lo
 
 @dataclass(frozen=True)
 class Parts:
-    """What a stage trains."""
+    """What a stage trains, and what from."""
 
     model: Callable[..., nn.Module]  # model.Transformer
     masks: Callable[..., nn.Module] | None = None  # l0.L0, of a stage that has masks
+    teacher: object | None = None  # the shape of a frozen model to learn from
 
 
 @dataclass(frozen=True)
@@ -219,11 +220,7 @@ def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool
     """(bytes of weights, optimizer and activations; most bytes by phase; work by phase) of all the layers of a shape."""
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
-        torch.set_default_dtype(dtype)
-        try:
-            model = parts.model(shape, checkpointing=checkpointing)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        model = made_in(dtype, parts.model, shape, checkpointing)
         weights, masks = counter.now, parts.masks(sets) if sets else None
         trained = [*model.parameters(), *(masks.parameters() if masks else ())]
         optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=1.0)]
@@ -252,10 +249,17 @@ def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool
         with torch.no_grad(), autocast:
             tokens = tokens_of(cfg.rows_of_evaluation)
             model(tokens, tokens, masks.deterministic() if masks else None, reduction="none")
-        tokens = tokens_of(cfg.micro_batch_size)
+        tokens, teacher = tokens_of(cfg.micro_batch_size), parts.teacher
         counter.enter("forward")
         with autocast:
-            loss = model(tokens, tokens, masks.sample(0, 0, 0) if masks else None)
+            z = masks.sample(0, 0, 0) if masks else None
+            if teacher is None:
+                loss = model(tokens, tokens, z)
+            else:  # its head has no bytes here: they are its weights'
+                x = torch.zeros(*tokens.shape, teacher.hidden_size, dtype=compute_dtype(half))
+                loss = model(tokens, tokens, z, teacher=(x, x.new_zeros(()).expand(teacher.vocab_size, x.shape[-1])),
+                             kd_weight=cfg.kd_weight)["loss"]
+                del x
         activations = counter.now - held
         counter.enter("loss")
         loss.backward()
@@ -265,6 +269,48 @@ def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool
         counter.enter("optimizer")
         clip_and_step(optimizer, 1.0, 1.0)
         return (weights, optimizer_bytes, activations), counter.peak, counter.work
+
+
+def compute_dtype(half: bool) -> torch.dtype:
+    return torch.bfloat16 if half else torch.float32
+
+
+def made_in(dtype: torch.dtype, model: Callable[..., nn.Module], shape, checkpointing: str) -> nn.Module:
+    """A model whose weights are of that dtype from the start, as fake ones must be."""
+    torch.set_default_dtype(dtype)
+    try:
+        return model(shape, checkpointing=checkpointing)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def teacher_cost(teacher, cfg: TrainSettings, parts: Parts, half: bool) -> tuple[Work, int]:
+    """(What the teacher does of a micro-batch but for its head's product; the most bytes alive then beside its weights.)"""
+    L, found = teacher.n_layers, []
+    for k in (2, 3) if L > COUNTED_WHOLE else (L, L):
+        with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter, torch.no_grad():
+            model = made_in(compute_dtype(half), parts.model, dataclasses.replace(teacher, n_layers=k), "none")
+            before = counter.now
+            counter.enter("teacher")
+            model.body(torch.zeros(cfg.micro_batch_size, cfg.seq_len, dtype=torch.int64))
+            found.append((counter.work["teacher"], counter.peak["teacher"] - before))
+    (two, least), (three, most) = found
+    return two + (three + two * -1.0) * max(0, L - 2 if L > COUNTED_WHOLE else 0), max(least, most)
+
+
+def with_teacher(bytes_of: dict[str, float], m: StepCost, cfg: TrainSettings, parts: Parts,
+                 devices: int) -> tuple[dict[str, float], StepCost]:
+    """What `of_student` found, and a teacher beside it: its weights (sharded: its share, and what is gathered), its work."""
+    shape, half = parts.teacher, is_half(cfg)
+    n = numbers = shape.n_params()
+    if cfg.parallel == "fsdp" and devices > 1:
+        layer, rest = layer_and_rest(shape)
+        numbers = n / devices + 2 * layer + rest
+    work, activations = teacher_cost(shape, cfg, parts, half)
+    held = sum(bytes_of[name] for name in ("weights", "gradients", "optimizer"))
+    weights = numbers * (2 if half else 4)
+    peak = max(bytes_of.pop("peak"), held + activations) + weights
+    return bytes_of | {"teacher": weights, "peak": peak}, dataclasses.replace(m, micro_step=m.micro_step + work)
 
 
 def is_half(cfg: TrainSettings) -> bool:
@@ -277,6 +323,19 @@ def per_device(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int
     """Bytes on each device: weights, gradients, optimizer, gathered (by FSDP, of the others), activations, and the peak of
     training and evaluation.  And the step that they are counted from.
     """
+    bytes_of, m = of_student(shape, sets, cfg, parts, devices, checkpointing)
+    return with_teacher(bytes_of, m, cfg, parts, devices) if parts.teacher else (bytes_of, m)
+
+
+def layer_and_rest(shape) -> tuple[float, float]:
+    """Parameters of a layer, and of the embedding and the head together."""
+    rest = shape.vocab_size * shape.hidden_size * (2 - shape.tie_embeddings)
+    return (shape.n_params() - rest) / shape.n_layers, rest
+
+
+def of_student(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int,
+               checkpointing: str) -> tuple[dict[str, float], StepCost]:
+    """`per_device` but for the teacher."""
     half = is_half(cfg)
     if cfg.parallel == "ddp" or devices == 1:
         stay = devices > 1 or cfg.global_batch_size > cfg.micro_batch_size
@@ -286,9 +345,8 @@ def per_device(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int
     # FSDP: weights come whole in the dtype of autocast, two layers (one computing, one on its way) with embedding and head;
     # one gradient is whole in fp32.  What a step of one device needs beside weights, gradients and state is not shared.
     m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=True,
-                  dtype=torch.bfloat16 if half else torch.float32)
-    rest = shape.vocab_size * shape.hidden_size * (2 - shape.tie_embeddings)
-    layer = (shape.n_params() - rest) / shape.n_layers
+                  dtype=compute_dtype(half))
+    layer, rest = layer_and_rest(shape)
     share = 4 * shape.n_params() / devices
     fixed = {"weights": share, "gradients": share, "optimizer": 2 * share,
              "gathered": (2 * layer + rest) * (2 if half else 4) + 4 * max(layer, rest)}
@@ -303,9 +361,10 @@ def evaluations(cfg: TrainSettings) -> tuple[int, int]:
 
 
 def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: str, *, domains: int,
-                checkpoint_bytes: int) -> dict[str, float]:
-    """Seconds of a whole run by what takes them, on paper.  gpu: a key of MACHINES.  "in all" counts of the messages only
-    those that last longer than the computation that hides them.
+                checkpoint_bytes: int, teacher=None) -> dict[str, float]:
+    """Seconds of a whole run by what takes them, on paper.  gpu: a key of MACHINES.  teacher: its shape.
+
+    "in all" counts of the messages only those that last longer than the computation that hides them.
     """
     machine, n, steps = MACHINES[gpu], shape.n_params(), cfg.max_steps
     micro_steps = steps * cfg.global_batch_size / (cfg.micro_batch_size * devices)
@@ -321,6 +380,8 @@ def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: st
     products, traffic = (micro_steps * s for s in seconds(cost.micro_step))
     # FSDP gathers for the forward and again for the backward pass, and scatters fp32 gradients; DDP all-reduces those once
     messages = micro_steps * sent * (2 * number + 4) if sharded else steps * sent * 2 * 4
+    if teacher is not None and sharded:
+        messages += micro_steps * sent * number * teacher.n_params() / n
     update = steps * seconds(cost.update)[1] / (devices if sharded else 1)
     batches = math.ceil(domains * evaluations(cfg)[1] / (cfg.rows_of_evaluation * devices))
     evaluation = batches * max(sum(seconds(cost.evaluation)), sent * number * sharded)

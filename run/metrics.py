@@ -18,6 +18,8 @@ from run.settings import TrainSettings, UserError
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A10G": 70e12,
               "L40S": 362e12, "L4": 121e12, "V100": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
+OF_TOKENS = "loss", "loss/ce", "loss/kl"  # each rank has those of its own tokens
+
 
 def peak_flops(processes: Processes) -> float | None:
     """Peak operations a second of all devices of the run, None for a device that PEAK_FLOPS does not know."""
@@ -104,15 +106,20 @@ class Metrics:
             os.fsync(self.file.fileno())
         self.state.unlogged = {"in_row": float(self.in_row)} if self.in_row else {}
         if self.steps:
-            loss = self.processes.sum(self.sums["loss"].clone()) / self.processes.world
-            self.state.unlogged |= {name: float(v) for name, v in (self.sums | {"loss": loss}).items()}
+            self.state.unlogged |= {name: float(v) for name, v in (self.sums | self.over_ranks(self.sums)).items()}
             self.state.unlogged |= {"steps": self.steps, "seconds": self.seconds}
+
+    def over_ranks(self, values: dict[str, float | Tensor]) -> dict[str, Tensor]:
+        """Of what each rank has its own value: the means."""
+        names = [name for name in OF_TOKENS if name in values]
+        means = self.processes.sum(torch.stack([values[name] for name in names])) / self.processes.world
+        return dict(zip(names, means))
 
     def log(self, values: dict[str, float | Tensor]) -> None:
         """One line of training: means since the last one, and `values`.  Sets `stop` after too many skipped steps."""
         cfg, processes = self.settings, self.processes
         values = {name: value / self.steps for name, value in self.sums.items()} | values
-        values["loss"] = processes.sum(values["loss"].clone()) / processes.world
+        values |= self.over_ranks(values)
         values |= {"in_row": self.in_row, "skipped": values["skipped"] * self.steps}
         tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
         numbers = torch.stack([v.float().to(processes.device) for v in tensors.values()]).tolist()  # the one sync

@@ -15,6 +15,7 @@ from run.cost import DISK, FITS, LINKS, MACHINES, PRODUCTS, TRAFFIC, Parts, cand
 from run.metrics import PEAK_FLOPS
 from run.processes import Processes, RunState
 from run.settings import TrainSettings, UserError, by_domain, check, user_errors
+from run.teacher import flops_per_token
 from run.weights import all_checkpoints, let_go, step_of
 
 CHECKPOINTING = typing.get_args(TrainSettings.__annotations__["checkpointing"])
@@ -27,12 +28,14 @@ def report(cfg: TrainSettings, shape, sets: dict, parts: Parts) -> str:
     check(accum == int(accum), f"global_batch_size = {cfg.global_batch_size} does not divide by micro_batch_size x plan = "
           f"{cfg.micro_batch_size} x {devices}")
     tokens, domains = cfg.global_batch_size * cfg.seq_len, n_domains(cfg)
-    flops_per_token = shape.train_flops_per_token(cfg.seq_len)
+    operations = flops_per_token(shape, parts.teacher, cfg.seq_len)
     n, sequences = evaluations(cfg)
-    lines = [f"parameters           {shape.n_params():,}" + "".join(f"; masks {n} {s}" for n, (s, _) in sets.items()),
+    beside = [f"; teacher {parts.teacher.n_params():,}"] if parts.teacher else []
+    beside += [f"; masks {n} {s}" for n, (s, _) in sets.items()]
+    lines = [f"parameters           {shape.n_params():,}{''.join(beside)}",
              f"tokens a step        {tokens:,} = {devices} devices x {int(accum)} micro-steps x {cfg.micro_batch_size} "
              f"sequences x {cfg.seq_len}",
-             f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps, {flops_per_token:.3g} operations "
+             f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps, {operations:.3g} operations "
              f"a token; forward only {domains * sequences * cfg.seq_len:,} in {n} evaluations of {domains} domains",
              f"GB on each device    {''.join(f'{kind:>12}' for kind in CHECKPOINTING)}   (checkpointing, here "
              f"{cfg.checkpointing}; {cfg.parallel}; without the device's context and what its allocator loses)"]
@@ -51,7 +54,8 @@ def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: in
     tokens = cfg.max_steps * cfg.global_batch_size * cfg.seq_len / devices
 
     def seconds(settings: TrainSettings, step, gpu: str) -> dict[str, float]:
-        return run_seconds(shape, settings, step, devices, gpu, domains=domains, checkpoint_bytes=size)
+        return run_seconds(shape, settings, step, devices, gpu, domains=domains, checkpoint_bytes=size,
+                           teacher=parts.teacher)
 
     def row(name: str, cells: list[str]) -> str:
         return f"  {name:<19}" + "".join(f"{cell:>18}" for cell in cells)
@@ -61,7 +65,7 @@ def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: in
              f"{PRODUCTS:.0%} of the peak, memory at {TRAFFIC:.0%}, links at {LINKS:.0%}, disk {DISK / GB:.0f} GB/s)"]
     lines += [row(name, [f"{each[name] / 3600:.2f}" for each in here]) for name in here[0]]
     rates = [tokens / (each["in all"] - each["evaluations"] - each["checkpoints"]) for each in here]
-    flops = shape.train_flops_per_token(cfg.seq_len)
+    flops = flops_per_token(shape, parts.teacher, cfg.seq_len)
     lines.append(row("tokens/s a device", [f"{rate:,.0f} ({rate * flops / PEAK_FLOPS[gpu]:.0%} MFU)"
                                            for rate, gpu in zip(rates, MACHINES)]))
     tried, best = list(candidates(shape, sets, cfg, parts, devices, CHECKPOINTING)), []
@@ -105,7 +109,8 @@ def amount(n: float) -> str:
     return f"{n / GB:,.1f} GB" if n >= GB else f"{n / 1e6:.1f} MB"
 
 
-def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data, state: RunState) -> None:
+def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data, state: RunState,
+              teacher=None) -> None:
     """Before the first step: say what the run comes to.  For rank 0.  Raises UserError if it could not end."""
     sequences = (cfg.max_steps - state.step) * cfg.global_batch_size
     processes.say(data.budget_table(state.domain_weights, state.cursors, sequences))
@@ -137,5 +142,5 @@ def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data,
     processes.say(f"steps {state.step:,} to {cfg.max_steps:,} of {tokens:,} tokens on {processes.world} x "
                   f"{processes.device.type} ({cfg.parallel if processes.world > 1 else 'alone'}, "
                   f"{str(processes.dtype).removeprefix('torch.')}): {sequences * cfg.seq_len:,} tokens, "
-                  f"{shape.train_flops_per_token(cfg.seq_len) * sequences * cfg.seq_len:.2g} operations, "
+                  f"{flops_per_token(shape, teacher, cfg.seq_len) * sequences * cfg.seq_len:.2g} operations, "
                   f"{n} more checkpoints of {amount(size)}, {amount(free)} free")

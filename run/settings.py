@@ -266,6 +266,8 @@ class TrainSettings:
     split: str = "train"  # which of prepare.py's splits to train on
     verify_data: bool = True  # hold the token files against their checksums before the first step: a second or two a GB
     init_from: FilePath = ""  # model folder to start from: convert.py's, compact.py's, a step_* folder, or a run's newest
+    teacher: FilePath = ""  # model folder, as init_from, of a frozen model to learn from beside the tokens; "": none
+    kd_weight: float = 0.5  # w in the loss with a teacher, (1 - w) cross-entropy + w KL(teacher || model)
     resume: bool = False  # go on from the newest checkpoint in out_dir (from the start if there is none)
 
     domain_weights: dict[str, float] | FilePath = ""  # first share of each domain, sum 1, or a JSON file; "": equal
@@ -317,6 +319,7 @@ class TrainSettings:
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
         for name in ("learning_rate", "grad_clip", "weight_decay", "timeout_minutes"):
             require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)} must be finite")
+        require(0 <= self.kd_weight <= 1, f"kd_weight = {self.kd_weight} must be between 0 and 1")
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio = {self.min_lr_ratio} must be between 0 and 1")
         require(self.global_batch_size % self.micro_batch_size == 0,
                 f"global_batch_size = {self.global_batch_size} does not divide by micro_batch_size = "

@@ -6,6 +6,7 @@ source's Hugging Face config).  A checkpoint out_dir/step_0000400/ (checkpoint.p
 manifest.json.  Tensors are read and written one at a time, and nothing is pickled.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -53,6 +54,12 @@ def newest_in(folder: str | Path) -> Path:
     if newest is not None and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder} is a run's folder: taking its newest checkpoint, {newest.name}", flush=True)
     return newest or Path(folder)
+
+
+def at_newest(settings):
+    """TrainSettings whose model folders are `newest_in` those that were given."""
+    given = {name: path for name in ("init_from", "teacher") if (path := getattr(settings, name))}
+    return dataclasses.replace(settings, **{name: str(newest_in(path)) for name, path in given.items()})
 
 
 def sha256(path: Path) -> str:

@@ -155,6 +155,10 @@ CASES = {
     "a file as a model": ("both", nothing, dict(init_from=__file__), "test_errors.py is a file"),
     "a tokenizer other than the data's": ("both", lambda p: [(p.model / "assets").mkdir(), shutil.copy(
         MISTRAL, p.model / "assets" / "tokenizer.model")], {}, "made with another tokenizer .*prepare.py --tokenizer="),
+    "a teacher of another tokenizer": ("both", lambda p: [
+        shutil.copytree(p.model, p.data.parent / "teacher"), (p.data.parent / "teacher" / "assets").mkdir(),
+        shutil.copy(MISTRAL, p.data.parent / "teacher" / "assets" / "tokenizer.model")],
+        lambda p: dict(teacher=p.data.parent / "teacher"), "made with another tokenizer .*teacher/assets; run prepare.py"),
     "processes that do not divide the batch": (
         "both", lambda p: p.env("WORLD_SIZE", "3"), {}, "global_batch_size = 8 does not divide by .* = 2 x 3"),
     "shards of two dtypes": (

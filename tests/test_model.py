@@ -153,6 +153,46 @@ def test_gradient_of_the_loss_is_that_of_plain_cross_entropy(monkeypatch):
         again.backward()
 
 
+def distillation(x, head, teacher_x, teacher_head, targets, w):
+    """The plain formula, with [N, V] tensors: loss, cross-entropy, KL."""
+    log_p, log_q = ((a @ b.T).log_softmax(-1) for a, b in ((x, head), (teacher_x, teacher_head)))
+    ce, kl = F.nll_loss(log_p, targets), F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    return (1 - w) * ce + w * kl, ce, kl
+
+
+@pytest.mark.parametrize("w", [0.3, 1.0])
+def test_distillation_is_the_plain_formula(w, monkeypatch):
+    """Losses and gradients in fp32 to 1e-6, and in fp64 against differences; a teacher of another width."""
+    monkeypatch.setattr("model.LOSS_BYTES", 8 * 8 * 11)
+    generator = torch.Generator().manual_seed(0)
+    x, head, teacher_x, teacher_head = (torch.randn(n, d, generator=generator, dtype=torch.float64)
+                                        for n, d in ((12, 6), (11, 6), (12, 9), (11, 9)))
+    targets = torch.randint(11, (12,), generator=generator)
+
+    def losses(x, head):
+        return HeadLoss.apply(x, head, targets, x.dtype, teacher_x.to(x.dtype), teacher_head.to(x.dtype), w)
+
+    assert torch.autograd.gradcheck(lambda *given: checkpoint(lambda *pair: losses(*pair)[0], *given, use_reentrant=False),
+                                    (x.requires_grad_(), head.requires_grad_()))
+    x, head = (t.detach().float().requires_grad_() for t in (x, head))
+    want, (loss, each, kl) = distillation(x, head, teacher_x.float(), teacher_head.float(), targets, w), losses(x, head)
+    for a, b in zip((loss, each.mean(), kl), want):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(loss, (x, head)), torch.autograd.grad(want[0], (x, head))):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert not each.requires_grad and not kl.requires_grad
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    model, tokens = random_model(tiny_config()), random_tokens(tiny_config(), T=13)
+    with torch.no_grad():
+        teacher = model.body(tokens)
+    losses = model(tokens, tokens, teacher=teacher, kd_weight=1.0)
+    assert losses["loss"] == losses["loss/kl"] == 0
+    assert torch.equal(losses["loss/ce"], model(tokens, tokens))
+    assert all(g.eq(0).all() for g in torch.autograd.grad(losses["loss"], model.parameters()))
+
+
 class RoundedOnce(TorchDispatchMode):
     """Products in bf16 as a GPU takes them: added up in fp32, then rounded.  The CPU's own take 100 times as long."""
 
@@ -283,6 +323,11 @@ def test_compiles_into_one_graph(masked):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens[:, :-1], tokens[:, 1:], masks)
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(torch.autograd.grad(compiled, leaves), want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    teacher = tuple(t.detach() for t in random_model(cfg, seed=1).body(tokens[:, :-1]))
+    plain, compiled = (f(tokens[:, :-1], tokens[:, 1:], masks, teacher=teacher, kd_weight=0.3)["loss"] for f in (
+        model, torch.compile(model, fullgraph=True, backend="aot_eager")))
+    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
