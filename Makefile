@@ -1,15 +1,20 @@
-# On a fresh machine with Python 3.10 or newer: `make demo` runs the whole pipeline, `make test` all the tests.
+# On a fresh machine with Python 3.10 or newer: `make demo` runs the whole pipeline, `make test` all the tests,
+# `make extras test` also those of the evaluation harness and of instruction tuning.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint gpu extras clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# what tools/evaluate.py and tools/finetune.py need besides; without it their tests say that they are skipped
+extras: $(VENV)/installed
+	$(BIN)/pip install -q torch==2.13.0 -e '.[eval,chat]'
 
 # with the Python that is there: a machine with a GPU may have its own torch, and no network
 gpu:

@@ -159,6 +159,24 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def letters_export(tmp_path_factory) -> Path:
+    """A Hugging Face folder with random weights, whose tokenizer knows bytes, <s> and </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("letters")
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0,
+                                 eos_token_id=1)).save_pretrained(folder)
+    return folder
+
+
 SHORT = dict(seq_len=32, global_batch_size=8, micro_batch_size=2, max_steps=6, warmup_steps=2, learning_rate=1e-3,
              eval_interval=3, eval_sequences=5, save_interval=3, device="cpu")
 TARGET = dict(target_hidden_size=20, target_n_layers=3, target_n_heads=1, target_n_kv_heads=1, target_intermediate_size=30)
@@ -199,7 +217,7 @@ NEEDED = ["--data_dir=data", "--init_from=source"]  # settings of prune.py that 
 SETTINGS = {"prepare": "PrepareSettings", "convert": "ConvertSettings", "prune": "PruneSettings",
             "compact": "CompactSettings", "pretrain": "PretrainSettings", "sample": "SampleSettings",
             "reference_loss": "ReferenceSettings", "plot": "PlotSettings", "gguf_to_hf": "GgufSettings",
-            "shapes": "ShapeSettings"}
+            "shapes": "ShapeSettings", "evaluate": "EvaluateSettings", "finetune": "FinetuneSettings"}
 
 
 def module_of(stage: str):
