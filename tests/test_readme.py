@@ -15,7 +15,7 @@ import prepare
 import pretrain
 import prune
 from run.settings import parse_args
-from tools import bench, evaluate, gguf_to_hf, importance, plot, reference_loss, sample, scaling, shapes
+from tools import bench, evaluate, finetune, gguf_to_hf, importance, plot, reference_loss, sample, scaling, shapes
 
 README = Path("README.md").read_text(encoding="utf-8")
 DOCS = README + "".join(p.read_text(encoding="utf-8") for p in sorted(Path("docs").glob("*.md")))
@@ -25,7 +25,7 @@ SETTINGS = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSet
             "-m tools.sample": sample.SampleSettings, "-m tools.reference_loss": reference_loss.ReferenceSettings,
             "-m tools.bench": bench.BenchSettings, "-m tools.scaling": scaling.ScalingSettings,
             "-m tools.plot": plot.PlotSettings, "-m tools.shapes": shapes.ShapeSettings,
-            "-m tools.evaluate": evaluate.EvaluateSettings}
+            "-m tools.evaluate": evaluate.EvaluateSettings, "-m tools.finetune": finetune.FinetuneSettings}
 COMMANDS = [c for c in re.findall(r"(?:python|torchrun [^\n`]*?) ?((?:-m tools\.\w+|\w+\.py) [^\n`]*)",
                                   DOCS.replace("\\\n", " ")) if not c.startswith("-m tools.demo")]
 
