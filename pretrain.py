@@ -31,10 +31,11 @@ class PretrainSettings(TrainSettings):
     shape: dict[str, object] | None = None  # fields of model.ModelConfig, for fresh weights instead of init_from
 
     global_batch_size: int = 256  # sequences a step, over all ranks
-    micro_batch_size: int = 16  # sequences a forward pass of one rank
     max_steps: int = 48000  # optimizer steps
-    warmup_steps: int = 1440  # linear warm-up of the learning rate
     eval_interval: int = 400  # steps between evaluations; one comes before the first step
+
+    shares = {"warmup_steps": 0.03}
+    most_at_once = 16
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,9 +136,9 @@ def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, op
 
 def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
           model: Transformer, teacher: Transformer | None, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
-    """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
+    """Before each step and after the last one, in this order: evaluate and steer, draw the next batch, save, stop.
 
-    A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.
+    So a checkpoint of step s is the run after s steps and the evaluation that belongs there, and no stop comes unsaved.
     """
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token(

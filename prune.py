@@ -48,13 +48,15 @@ class PruneSettings(TrainSettings):
 
     mask_learning_rate: float = 1.0  # peak, of log_alpha (topk: of scores; 0.1 suits)
     multiplier_learning_rate: float = 1.0  # peak, of lambda and phi, which are ascended
-    lagrangian_warmup_steps: int = 640  # the target sparsity rises linearly over these
+    lagrangian_warmup_steps: int | None = None  # the target sparsity rises linearly over these; None: 20% of max_steps
     start_sparsity: float = 0.0  # where it starts
     relaxation: Literal["sample", "topk"] = "sample"  # masks: hard-concrete samples with a Lagrangian, or top-k
     init_scores: FilePath = ""  # folder that tools.importance wrote: what the scores of topk start from
     freeze_weights: bool = False  # learn the masks alone: compact.py then cuts them out of the source as it was
     count: Literal["expected", "rescaled"] = "expected"  # how open units are counted; see above
     eval_target_model: bool = False  # evaluate with the target's counts, not the masks' own; the last one always is
+
+    shares = {"warmup_steps": 0.1, "lagrangian_warmup_steps": 0.2}
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,8 +65,6 @@ class PruneSettings(TrainSettings):
             require(value is None or value > 0, f"{name} = {value} must be above 0, or None")
         for name in ("mask_learning_rate", "multiplier_learning_rate"):
             require(0 < getattr(self, name) < math.inf, f"{name} = {getattr(self, name)} must be above 0")
-        require(self.lagrangian_warmup_steps >= 0, f"lagrangian_warmup_steps = {self.lagrangian_warmup_steps} must not be "
-                "negative")
         require(0 <= self.start_sparsity < 1, f"start_sparsity = {self.start_sparsity} must be from 0 to below 1")
         require((self.init_scores != "") == (self.relaxation == "topk"), f"init_scores = {self.init_scores!r} with "
                 f"relaxation = {self.relaxation}: topk starts from scores that tools.importance wrote, sample does not")
@@ -153,9 +153,6 @@ def main(cfg: PruneSettings) -> None:
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
     processes.on_main(preflight, cfg, processes, source, sets, data, state, taught)
-    if sets and cfg.max_steps < cfg.lagrangian_warmup_steps:
-        processes.say(f"warning: the run ends at step {cfg.max_steps}, before its target sparsity is reached at step "
-                      f"{cfg.lagrangian_warmup_steps}")
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
     teacher = open_teacher(cfg, taught, Transformer, processes)
     train(cfg, processes, signals, data, sampler, state, model, teacher, masks, optimizer, target, assets)
@@ -212,9 +209,9 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
 def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
           model: Transformer, teacher: Transformer | None, masks: L0 | TopK, optimizer: torch.optim.AdamW,
           target: ModelConfig, assets: list[Path]) -> None:
-    """The loop: evaluate if it is time, draw the next batch, save if it is time or a reason to stop has come, step, log.
+    """Before each step and after the last one, in this order: evaluate and steer, draw the next batch, save, stop.
 
-    A checkpoint of step s is the run after s steps and the evaluation that belongs there; the last comes after the last.
+    So a checkpoint of step s is the run after s steps and the evaluation that belongs there, and no stop comes unsaved.
     """
     wrapped = wrap(model, cfg, processes)
     metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token(

@@ -26,14 +26,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from run.processes import Processes, RunState
-from run.settings import TrainSettings, UserError, by_domain, check, check_same_domains, conform, read_json, user_errors
+from run.settings import (TrainSettings, UserError, began_with, by_domain, check, check_same_domains, conform, read_json,
+                          user_errors)
 from run.tokenizer import holds_tokenizer, load_tokenizer
 from run.weights import (all_checkpoints, checksums, damage, drop_cache, header, is_finite, latest_checkpoint, let_go,
                          new_folder, part_of, pieces, read_tensors, step_of, verified, write_assets, write_manifest, written)
 
 # Settings that a resumed run must keep, as it must its target_* and its tokens.
 FIXED = ("seed", "seq_len", "split", "global_batch_size", "shape", "count", "pruning_modules", "domain_weights",
-         "reference_loss", "start_sparsity", "relaxation", "init_scores", "freeze_weights", "teacher", "kd_weight")
+         "reference_loss", "start_sparsity", "lagrangian_warmup_steps", "relaxation", "init_scores", "freeze_weights",
+         "teacher", "kd_weight")
 
 
 def own_rows(tensor: Tensor, own: bool) -> tuple[Tensor, int] | None:
@@ -281,17 +283,20 @@ def fingerprints(data) -> dict[str, str]:
 def resumed_state(cfg: TrainSettings, data, folder: Path) -> RunState:
     """As a checkpoint holds it.  Raises UserError if the run is to go on with other settings than can be changed."""
     state = read_state(folder)
+    other = "or begin a run in another out_dir" + f", --init_from={folder}" * (not (folder / "masks.safetensors").exists())
     check(sorted(state.domain_weights) == sorted(data.domains), f"{folder} was trained on the domains "
-          f"{', '.join(state.domain_weights)}, not on {', '.join(data.domains)}")
-    before, now = read_json(folder.parent / "config.json"), json.loads(json.dumps(dataclasses.asdict(cfg)))
-    check(isinstance(before, dict), f"{folder.parent / 'config.json'} is not a JSON object; it must hold the run's settings")
+          f"{', '.join(state.domain_weights)}, not on {', '.join(data.domains)}; give domain_weights and data_dir as they "
+          f"were, {other}")
+    before, now = began_with(cfg.out_dir), json.loads(json.dumps(dataclasses.asdict(cfg)))
     before = {f.name: f.default for f in dataclasses.fields(cfg)} | before  # a setting that is newer than the run
     odd = [f"{n} = {before[n]!r}, not {now[n]!r}" for n in now
            if (n in FIXED or n.startswith("target_")) and now[n] != before[n]]
-    check(not odd, f"{folder.parent} was begun with {'; '.join(odd)}; a resumed run must keep that")
+    check(not odd, f"{folder.parent} was begun with {'; '.join(odd)}; a resumed run must "
+          f"keep that: give it as it was, {other}")
     tokens = fingerprints(data)
-    other = [d for d, was in state.tokens.items() if tokens[d] != was]
-    check(not other, f"{folder.parent} was begun with other training tokens of {', '.join(other)} than {cfg.data_dir} has")
+    changed = [d for d, was in state.tokens.items() if tokens[d] != was]
+    check(not changed, f"{folder.parent} was begun with other training tokens of {', '.join(changed)} than {cfg.data_dir} "
+          f"has; give the data_dir that it began with, {other}")
     check(state.step <= cfg.max_steps, f"{folder} is past max_steps = {cfg.max_steps} already")
     return state
 

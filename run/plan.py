@@ -42,6 +42,7 @@ def report(cfg: TrainSettings, shape, sets: dict, parts: Parts) -> str:
     found = {kind: per_device(shape, sets, cfg, parts, devices, checkpointing=kind) for kind in CHECKPOINTING}
     names = list(found[cfg.checkpointing][0])
     lines += [f"  {name:<19}" + "".join(f"{bytes_of[name] / GB:>12.2f}" for bytes_of, _ in found.values()) for name in names]
+    lines.insert(3, f"settled              {resolved(cfg)}")
     lines += hours(cfg, shape, sets, parts, found[cfg.checkpointing][1], domains)
     n, size = checkpoints(cfg, 0, []), checkpoint_bytes(shape, sets)
     lines += [f"disk                 {amount(n * size)}: checkpoints of {amount(size)}, at most {n} at once"]
@@ -84,7 +85,12 @@ def n_domains(cfg: TrainSettings) -> int:
         value = getattr(cfg, name)
         if value != "" and (isinstance(value, dict) or Path(value).exists()):
             return len(by_domain(name, value))
-    return max(1, len({path.parent for path in Path(cfg.data_dir).glob(f"*/{cfg.split}*.json")}))
+    return max(1, len(in_data_dir(cfg)))
+
+
+def in_data_dir(cfg: TrainSettings) -> set[str]:
+    """The domains that data_dir has of the split to train on."""
+    return {path.parent.name for path in Path(cfg.data_dir).glob(f"*/{cfg.split}*.json")}
 
 
 def checkpoint_bytes(shape, sets: dict) -> int:
@@ -104,6 +110,12 @@ def checkpoints(cfg: TrainSettings, first: int, there: list[int]) -> int:
     return most
 
 
+def resolved(cfg: TrainSettings) -> str:
+    """The settings that follow from others where they are not given."""
+    names = ", ".join(f"{name} = {getattr(cfg, name):,}" for name in (*cfg.shares, "micro_batch_size"))
+    return f"of {cfg.max_steps:,} steps of {cfg.global_batch_size:,} sequences: {names}"
+
+
 def amount(n: float) -> str:
     """Bytes for people."""
     return f"{n / GB:,.1f} GB" if n >= GB else f"{n / 1e6:.1f} MB"
@@ -113,6 +125,9 @@ def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data,
               teacher=None) -> None:
     """Before the first step: say what the run comes to.  For rank 0.  Raises UserError if it could not end."""
     sequences = (cfg.max_steps - state.step) * cfg.global_batch_size
+    left_out = sorted(in_data_dir(cfg) - set(data.domains))
+    if left_out:
+        processes.say(f"note: domain_weights leaves out what {cfg.data_dir} has too: {', '.join(left_out)}")
     processes.say(data.budget_table(state.domain_weights, state.cursors, sequences))
     for s in data.train:
         epochs = (state.cursors[s.domain] + state.domain_weights[s.domain] * sequences) / s.n_windows
@@ -127,6 +142,7 @@ def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data,
         processes.say("comparing the token files with their checksums")
         with user_errors():
             data.verify()
+    processes.say(resolved(cfg))
     there = [step_of(path) for path in all_checkpoints(cfg.out_dir)]
     n, size = checkpoints(cfg, state.step, there) - len(there), checkpoint_bytes(shape, sets)  # more than now, at most
     try:

@@ -279,10 +279,10 @@ class TrainSettings:
 
     seq_len: int = 4096  # tokens a sequence
     global_batch_size: int = 32  # sequences a step, over all ranks
-    micro_batch_size: int = 4  # sequences a forward pass of one rank
+    micro_batch_size: int | None = None  # sequences a forward pass of one rank; None: 4 (pretrain.py: 16), fewer to fit
     max_steps: int = 3200  # optimizer steps
     learning_rate: float = 1e-4  # peak, of the weights
-    warmup_steps: int = 320  # linear warm-up of every learning rate
+    warmup_steps: int | None = None  # linear warm-up of every learning rate; None: 10% of max_steps (pretrain.py: 3%)
     min_lr_ratio: float = 0.1  # cosine down to this share of the peak
     weight_decay: float = 0.0  # of the weights; masks and multipliers never decay
     grad_clip: float = 1.0  # gradient norm, each parameter group by itself
@@ -309,21 +309,29 @@ class TrainSettings:
     checkpointing: typing.Literal["none", "selective", "full"] = "selective"  # none, selective, or full: a third more time
     plan: int = 0  # say what the run will take on so many devices, without taking it, and stop
 
+    shares = {"warmup_steps": 0.1}  # of max_steps: settings that are a number of steps, where none is given
+    most_at_once = 4  # micro_batch_size where none is given
+
     def __post_init__(self):
+        self.fill()
         positive = ("seq_len", "global_batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_sequences",
                     "save_interval", "log_interval", "learning_rate", "grad_clip", "max_skipped", "timeout_minutes")
         for name in positive:
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "seed", "min_weight", "keep_last", "keep_every", "plan", "eval_between",
+        for name in (*self.shares, "weight_decay", "seed", "min_weight", "keep_last", "keep_every", "plan", "eval_between",
                      "eval_batch_size"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
         for name in ("learning_rate", "grad_clip", "weight_decay", "timeout_minutes"):
             require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)} must be finite")
         require(0 <= self.kd_weight <= 1, f"kd_weight = {self.kd_weight} must be between 0 and 1")
+        for name in self.shares:
+            require(getattr(self, name) <= self.max_steps, f"{name} = {getattr(self, name)} would not end within "
+                    f"max_steps = {self.max_steps}; lower it, raise max_steps, or leave it out, for "
+                    f"{self.shares[name]:.0%} of max_steps")
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio = {self.min_lr_ratio} must be between 0 and 1")
         require(self.global_batch_size % self.micro_batch_size == 0,
                 f"global_batch_size = {self.global_batch_size} does not divide by micro_batch_size = "
-                f"{self.micro_batch_size}; choose a multiple")
+                f"{self.micro_batch_size}; choose a multiple, or leave micro_batch_size out")
         for name in ("domain_weights", "reference_loss"):
             if isinstance(values := getattr(self, name), dict):
                 check_by_domain(name, values)
@@ -331,6 +339,20 @@ class TrainSettings:
             check_min_weight(self.min_weight, len(self.domain_weights))
             if isinstance(self.reference_loss, dict):
                 check_same_domains("reference_loss", self.reference_loss, self.domain_weights)
+
+    def fill(self) -> None:
+        """What was not given (None): as a resumed run has it, else a share of max_steps, and a micro-batch that fits."""
+        own = self.global_batch_size // max(1, self.plan or int(os.environ.get("WORLD_SIZE", 1)))  # sequences a rank
+        began = began_with(self.out_dir) if self.resume else {}
+        micro = began.get("micro_batch_size")
+        fits = type(micro) is int and micro > 0 and own % micro == 0
+        steps = {name: began.get(name) for name in self.shares}
+        found = {name: steps[name] if type(steps[name]) is int else round(share * self.max_steps)
+                 for name, share in self.shares.items()}
+        found["micro_batch_size"] = micro if fits else max(n for n in range(1, self.most_at_once + 1) if own % n == 0)
+        for name, value in found.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     @property
     def rows_of_evaluation(self) -> int:
@@ -340,6 +362,16 @@ class TrainSettings:
     def sequences_between(self) -> int:
         """Sequences a domain of an evaluation that is neither the first nor the last."""
         return min(self.eval_between or self.eval_sequences, self.eval_sequences)
+
+
+def began_with(out_dir: str) -> dict[str, object]:
+    """The settings of the run whose checkpoints are in out_dir; none if there are no checkpoints.  Raises UserError."""
+    path = Path(out_dir) / "config.json"
+    if not any(re.fullmatch(r"step_\d+", p.name) for p in path.parent.glob("step_*")):
+        return {}
+    found = read_json(path)
+    check(isinstance(found, dict), f"{path} is not a JSON object; it must hold the run's settings")
+    return found
 
 
 def require(condition: bool, message: str) -> None:

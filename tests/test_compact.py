@@ -234,10 +234,10 @@ def test_stage_writes_exactly_the_target(pruned, tmp_path):
 
 def test_stage_removes_the_layers_that_lose_both_blocks(data_dir, source, tmp_path):
     """head_layer and mlp each close two of four; how many layers lose both is not set beforehand."""
-    cfg = prune_settings(data_dir, tmp_path / "run", source, **dict.fromkeys(TARGET) | dict(target_n_layers=2), max_steps=1,
+    cfg = prune_settings(data_dir, tmp_path / "run", source, **dict.fromkeys(TARGET) | dict(target_n_layers=2), max_steps=2,
                          pruning_modules=("head_layer", "mlp"))
     prune.main(cfg)
-    checkpoint = tmp_path / "run" / "step_0000001"
+    checkpoint = tmp_path / "run" / "step_0000002"
     state = load_file(checkpoint / "masks.safetensors")
     state["log_alpha.head_layer"], state["log_alpha.mlp"] = torch.tensor([4.0, 4, 0, 0]), torch.tensor([4.0, 0, 0, 4])
     save_file(state, checkpoint / "masks.safetensors")

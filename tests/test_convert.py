@@ -268,10 +268,10 @@ def test_a_run_is_exported_with_the_context_that_it_trained(tmp_path, data_dir, 
     capsys.readouterr()
     shutil.rmtree(tmp_path / "run" / "step_0000006" / "assets")  # its tokenizer is none
     (tmp_path / "run" / "step_0000006" / "manifest.json").unlink()
-    pretrain.main(pretrain_settings(data_dir, tmp_path / "next", tmp_path / "run", max_steps=1))
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "next", tmp_path / "run", max_steps=2))
     assert "/run is a run's folder: taking its newest checkpoint, step_0000006" in capsys.readouterr().out
     assert json.loads((tmp_path / "next" / "config.json").read_text())["init_from"].endswith("/run/step_0000006")
-    prune.main(prune_settings(data_dir, tmp_path / "pruned", tmp_path / "run", max_steps=1))
+    prune.main(prune_settings(data_dir, tmp_path / "pruned", tmp_path / "run", max_steps=2))
     assert "taking its newest checkpoint, step_0000006" in capsys.readouterr().out
 
 

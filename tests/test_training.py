@@ -472,5 +472,5 @@ def test_options_of_cost_give_the_same_losses(tmp_path, data_dir, source):
 
 def test_the_source_model_is_evaluated_without_masks_first(tmp_path, source, data_dir, pruned):
     """Step 0 shows the source as it is, and both stages agree on it."""
-    pretrain.main(pretrain_settings(data_dir, tmp_path / "out", source, max_steps=1))
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "out", source, max_steps=2))
     assert eval_lines(tmp_path / "out")[0] == eval_lines(pruned)[0]

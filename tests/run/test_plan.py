@@ -85,6 +85,7 @@ def test_the_plan_of_the_7b_run_needs_its_config_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"parameters +6,738,415,616; masks hidden \(4096,\)", done.stdout)
     assert re.search(r"tokens a step +131,072 = 8 devices x 2 micro-steps x 2 sequences x 4096", done.stdout)
+    assert " of 32 sequences: warmup_steps = 320, lagrangian_warmup_steps = 640, micro_batch_size = 2\n" in done.stdout
     assert re.search(r"forward only 118,988,800 in 65 evaluations of 7 domains", done.stdout)
     rows = {found[1]: found[2].split() for line in done.stdout.splitlines()
             if (found := re.fullmatch(r"  (\w+(?: \w+)?) +([\d.]+(?: +[\d.]+){2,3})", line))}
@@ -242,13 +243,23 @@ def test_one_line_says_what_the_run_comes_to(tmp_path, data_dir, source, capsys)
                      capsys.readouterr().out, re.M)
 
 
-def test_a_run_that_prunes_nothing_or_too_briefly_is_told(tmp_path, data_dir, source, capsys):
+def test_what_follows_from_other_settings_and_what_is_left_out_is_said(tmp_path, data_dir, source, capsys):
+    none = dict.fromkeys(("warmup_steps", "lagrangian_warmup_steps", "micro_batch_size"))
+    prune.main(prune_settings(data_dir, tmp_path / "out", source, max_steps=5, **none,
+                              domain_weights={"code": 0.5, "wiki": 0.5}))
+    said = capsys.readouterr().out
+    assert "of 5 steps of 8 sequences: warmup_steps = 0, lagrangian_warmup_steps = 1, micro_batch_size = 4\n" in said
+    assert f"note: domain_weights leaves out what {data_dir} has too: play\n" in said
+
+
+def test_a_run_that_prunes_nothing_is_refused(tmp_path, data_dir, source):
     with pytest.raises(UserError, match=r"nothing to prune: .*--pruning_modules='\(\)'"):
         prune.main(prune_settings(data_dir, tmp_path / "out", source, **dict.fromkeys(TARGET)))
-    prune.main(prune_settings(data_dir, tmp_path / "out", source, max_steps=1, lagrangian_warmup_steps=5))
-    out = capsys.readouterr().out
-    assert "warning: the run ends at step 1, before its target sparsity is reached at step 5" in out
-    assert re.search(r"^hidden: expected sparsity 0\.0\d+, the target's 0\.3750; 0 near-dead", out, re.M)
+
+
+def test_the_end_says_how_far_each_sparsity_is(tmp_path, data_dir, source, capsys):
+    prune.main(prune_settings(data_dir, tmp_path / "out", source, max_steps=2))
+    assert re.search(r"^hidden: expected sparsity 0\.0\d+, the target's 0\.3750; 0 near-dead", capsys.readouterr().out, re.M)
 
 
 def test_plan_is_a_flag_of_both_stages(source):

@@ -53,6 +53,57 @@ def test_stages_have_defaults_of_their_own():
     assert (pre.max_steps, pre.global_batch_size, pre.eval_interval) == (48000, 256, 400)
 
 
+def test_warm_ups_are_shares_of_the_steps_unless_given():
+    def steps(*argv):
+        cfg = parse(*argv)
+        return cfg.warmup_steps, cfg.lagrangian_warmup_steps
+
+    assert steps() == (320, 640) and steps("--max_steps=100") == (10, 20) and steps("--max_steps=1") == (0, 0)
+    assert steps("--max_steps=100", "--warmup_steps=0") == (0, 20)
+    assert steps("--max_steps=100", "--lagrangian_warmup_steps=100") == (10, 100)
+    more = [*NEEDED, "--update=constant"]
+    assert parse_args(PretrainSettings, more).warmup_steps == 1440  # as published, 3% of 48,000
+    assert parse_args(PretrainSettings, [*more, "--max_steps=1000"]).warmup_steps == 30
+
+
+@pytest.mark.parametrize("name, share", [("warmup_steps", "10%"), ("lagrangian_warmup_steps", "20%")])
+def test_what_cannot_end_within_the_run_is_refused(name, share):
+    assert refused("--max_steps=100", f"--{name}=101") == (f"{name} = 101 would not end within max_steps = 100; lower it, "
+                                                           f"raise max_steps, or leave it out, for {share} of max_steps")
+
+
+def test_a_micro_batch_that_was_not_given_fits(monkeypatch):
+    def micro(*argv):
+        return parse_args(PretrainSettings, [*NEEDED, "--update=constant", *argv]).micro_batch_size
+
+    assert parse().micro_batch_size == 4 and micro() == 16
+    assert [micro(f"--global_batch_size={n}") for n in (8, 20, 34, 17, 1)] == [8, 10, 2, 1, 1]
+    assert micro("--global_batch_size=32", "--plan=8") == 4
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert micro("--global_batch_size=32") == 2 and micro("--global_batch_size=32", "--micro_batch_size=1") == 1
+    assert "leave micro_batch_size out" in refused("--global_batch_size=8", "--micro_batch_size=16")
+
+
+def test_a_resumed_run_keeps_what_was_not_given(tmp_path):
+    """Not what its own settings would lead to, once there is a checkpoint."""
+    began = ["--max_steps=100", "--global_batch_size=6", f"--out_dir={tmp_path}"]
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(parse(*began))))
+    longer = [*began, "--max_steps=300", "--resume"]
+
+    def settled(*argv):
+        cfg = parse(*longer, *argv)
+        return cfg.warmup_steps, cfg.lagrangian_warmup_steps, cfg.micro_batch_size
+
+    assert settled() == (30, 60, 3)
+    (tmp_path / "step_0000050.tmp").mkdir()
+    assert settled() == (30, 60, 3)
+    (tmp_path / "step_0000050").mkdir()
+    assert settled() == (10, 20, 3) and settled("--warmup_steps=7") == (7, 20, 3)
+    assert settled("--global_batch_size=32") == (10, 20, 4)  # three do not fit
+    (tmp_path / "config.json").write_text("[]")
+    assert "config.json is not a JSON object" in refused(*longer)
+
+
 def test_config_files_are_python(tmp_path):
     text = ("import math\n_steps = 20\nmax_steps = 2 * _steps\nlearning_rate = math.sqrt(4)\n"
             "domain_weights = {d: 0.5 for d in ('a', 'b')}\npruning_modules = ['hidden']\ntarget_hidden_size = 5\n")
