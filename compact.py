@@ -102,15 +102,17 @@ def cut(name: str, w: Tensor, cfg: ModelConfig, masks: dict[str, Tensor]) -> Ten
         q = (heads[:, None] * h + torch.arange(h)).flatten()  # the units of a head are next to each other
         kv = (kv_heads[:, None] * h + torch.arange(h)).flatten()
         sides = {
-            "input_layernorm": (hidden, None, z_hidden, None),
+            "input_layernorm": (hidden, None, z["attention_norm"], None),
             "q_proj": (q, hidden, None, None),
             "k_proj": (kv, hidden, None, None),
+            "q_norm": (q if cfg.qk_norm == "all" else None, None, None, None),  # else [h], for every head the same
+            "k_norm": (kv if cfg.qk_norm == "all" else None, None, None, None),
             "v_proj": (kv, hidden, None, None),
             "o_proj": (hidden, q, z["attention_out"], None if z["head"] is None else z["head"].repeat_interleave(h)),
-            "post_attention_layernorm": (hidden, None, z_hidden, None),
+            "post_attention_layernorm": (hidden, None, z["mlp_norm"], None),
             "gate_proj": (units, hidden, None, None),
-            "up_proj": (units, hidden, z["intermediate"], None),
-            "down_proj": (hidden, units, z["mlp_out"], None),
+            "up_proj": (units, hidden, z["intermediate"] if cfg.gated_mlp else None, None),
+            "down_proj": (hidden, units, z["mlp_out"], None if cfg.gated_mlp else z["intermediate"]),
         }
     rows, columns, row_factors, column_factors = sides[parts[-2]]
     w = w if rows is None else w[rows]

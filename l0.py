@@ -289,7 +289,7 @@ def straight_through(scores: Tensor, count: int) -> Tensor:
 
 
 def expected_params(cfg, p_open: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Expected number of parameters: (prunable: attention and MLP matrices; total, with embeddings, norms and head).
+    """Expected number of parameters: (prunable: attention and MLP matrices; total, with embeddings, norms, biases and head).
 
     cfg: model.ModelConfig of the source.  p_open: P(z != 0) by set; a missing set is all open.  A product of sums:
     no outer product of hidden and intermediate units is ever formed.
@@ -297,11 +297,16 @@ def expected_params(cfg, p_open: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     n = dims(cfg)
     some = next(iter(p_open.values()), torch.ones(()))
     p = {name: p_open.get(name, some.new_ones([n[x] for x in axes])) for name, axes in MASKS.items()}
-    hidden = p["hidden"].sum()
+    hidden, units = p["hidden"].sum(), p["intermediate"].sum(1)  # (), (L)
     kv, query = p["kv_head"], p["head"] * (p["kv_head"][..., None] * p["query_head"]).flatten(1)  # (L, K), (L, H)
-    heads = cfg.head_dim * (2 * query.sum(1) + 2 * (kv.sum(1) if cfg.n_kv_heads != cfg.n_heads else query.sum(1)))
-    attention = p["layer"] * p["head_layer"] * heads  # (L) columns of width `hidden`
-    mlp = p["layer"] * p["mlp"] * 3 * p["intermediate"].sum(1)
-    prunable = hidden * (attention.sum() + mlp.sum())
-    norms = (p["layer"] * (p["head_layer"] + p["mlp"])).sum() + 1
-    return prunable, prunable + hidden * (cfg.vocab_size * (2 - cfg.tie_embeddings) + norms)
+    query = query.sum(1)
+    kv = kv.sum(1) if cfg.n_kv_heads != cfg.n_heads else query
+    attention, mlp = p["layer"] * p["head_layer"], p["layer"] * p["mlp"]  # (L), that the blocks are there
+    columns = (attention * cfg.head_dim * 2 * (query + kv) + mlp * (2 + cfg.gated_mlp) * units).sum()  # of width `hidden`
+    ends = attention.sum() * cfg.o_bias + mlp.sum() * cfg.mlp_bias  # biases of that width, then those of other widths
+    normed = {"none": 0, "head": 2, "all": query + kv}[cfg.qk_norm]  # heads' worth of weights
+    inner = (attention * cfg.head_dim * ((query + 2 * kv) * cfg.qkv_bias + normed)
+             + mlp * (1 + cfg.gated_mlp) * units * cfg.mlp_bias).sum()
+    norms = ((attention + mlp).sum() + 1) * (2 if cfg.norm == "layer" else 1)
+    prunable = hidden * columns
+    return prunable, prunable + hidden * (cfg.vocab_size * (2 - cfg.tie_embeddings) + norms + ends) + inner

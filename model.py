@@ -1,4 +1,4 @@
-"""The Llama decoder, with an optional `masks` argument that makes it the model compact.py would cut out.
+"""The Llama decoder and its relatives, with an optional `masks` argument that makes it the model compact.py would cut out.
 
 Shapes: L layers, d hidden size, H query heads, K key/value heads, G = H // K, h head dim, f MLP intermediate size,
 V vocabulary, B sequences, T tokens.  Parameters carry Hugging Face Llama's names, so a checkpoint of that family
@@ -11,7 +11,6 @@ it is cheaper: a weight is smaller than its activations as soon as a micro-batch
 """
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -22,13 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from run import fields
+
 MAX_LAYERS, MAX_PARAMS = 1000, 10**14  # more is a damaged file's, and would take for ever to build
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+               "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}  # named as by Hugging Face
+CHOICES = {"norm": ("rms", "layer"), "qk_norm": ("none", "head", "all"), "activation": (*ACTIVATIONS,)}
 LOSS_BYTES = 1 << 26  # of fp32 logits alive at a time in the loss, instead of B*T x V: 524 rows at V = 32,000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model and nothing else.  Raises ValueError if the numbers do not fit together."""
+    """The shape of a model and nothing else: the defaults are Llama's.  Raises ValueError if it does not fit together."""
 
     vocab_size: int  # V
     hidden_size: int  # d
@@ -44,63 +48,39 @@ class ModelConfig:
     tie_embeddings: bool = False  # the LM head is the embedding matrix
     qkv_bias: bool = False  # Qwen2
     o_bias: bool = False  # Llama with attention_bias has this and qkv_bias
+    mlp_bias: bool = False  # on each matrix of the MLP
+    gated_mlp: bool = True  # down(activation(gate x) * up x); False, GPT-NeoX: down(activation(up x))
+    activation: str = "silu"  # of ACTIVATIONS
+    norm: str = "rms"  # "layer", GPT-NeoX: with the mean taken off, and a bias
+    norm_after: bool = False  # OLMo 2: the norms take what the blocks put out, not what they take in
+    qk_norm: str = "none"  # RMS norm of queries and keys: "head", each head by itself (Qwen3); "all" at once (OLMo 2)
+    parallel_residual: bool = False  # GPT-NeoX: attention and MLP of a layer both take its input
+    rotary_dims: int | None = None  # so many of a head's dims, the first ones, are turned; None: all
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or not 1 <= value < 2**31):
-                raise ValueError(f"{field.name} = {value!r} is not a whole number of at least 1 and below 2**31")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e30):
-                raise ValueError(f"{field.name} = {value!r} is not a number above 0")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} = {value!r} is not true or false")
+        fields.check_fields(self, CHOICES)
+        fields.check_rope_scaling(self.rope_scaling)
         if self.n_layers > MAX_LAYERS or self.n_params() > MAX_PARAMS:
             raise ValueError(f"n_layers = {self.n_layers}, {self.n_params():.3g} parameters: more than "
                              f"{MAX_LAYERS} layers or {MAX_PARAMS:.0e} parameters are refused")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads = {self.n_heads} does not divide by n_kv_heads = {self.n_kv_heads}")
-        if self.head_dim % 2:
+        if self.rotary_dims is None and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} is odd, and rotary embeddings turn pairs")
-        if self.rope_scaling is not None:
-            if not isinstance(self.rope_scaling, dict):
-                raise ValueError(f"rope_scaling = {self.rope_scaling!r} is not a dict with a rope_type")
-            kind = self.rope_scaling.get("rope_type")
-            needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
-                                                       "original_max_position_embeddings"]}
-            if not isinstance(kind, str) or kind not in needed:
-                raise ValueError(f'rope_scaling rope_type = {kind!r} is not one of "linear", "llama3"')
-            if missing := [k for k in needed[kind] if type(v := self.rope_scaling.get(k)) not in (int, float)
-                           or not 0 < v < 1e30]:
-                raise ValueError(f"rope_scaling of type {kind} lacks a number above 0 for {', '.join(missing)}")
-            if kind == "llama3" and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
-                raise ValueError("rope_scaling of type llama3 has a low_freq_factor that is not below high_freq_factor")
-            if unknown := sorted(self.rope_scaling.keys() - {"rope_type", *needed["llama3"]}):
-                raise ValueError(f"rope_scaling has {unknown[0]!r}, which means nothing here")
+        if (r := self.rotary_dims) is not None and (type(r) is not int or not 0 < r < self.head_dim or r % 2):
+            raise ValueError(f"rotary_dims = {r!r} is not an even number below head_dim = {self.head_dim} (none: all)")
+        if self.norm_after and self.parallel_residual:
+            raise ValueError("norm_after = True does not go with parallel_residual = True")
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
         """Read what `to_json` wrote.  Raises ValueError on a missing, unknown or unsuitable field."""
-        try:
-            values = json.loads(text)
-        except RecursionError:
-            raise ValueError("lists or objects are nested too deeply") from None
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return cls.from_dict(values)
+        return fields.from_json(cls, text)
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
         """The config of these fields.  Raises ValueError on a missing, unknown or unsuitable field."""
-        fields = dataclasses.fields(cls)
-        known = [f.name for f in fields]
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        unknown = [name for name in values if name not in known]
-        if missing or unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
-            raise ValueError("; ".join([f"no value for {', '.join(missing)}"] * bool(missing)
-                                       + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-                                       + [f"did you mean {name}?" for name in near]))
-        return cls(**values)
+        return fields.from_dict(cls, values)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -109,12 +89,17 @@ class ModelConfig:
         """Parameters of the whole model; tied embeddings count once."""
         d, L, qkv, o = self.hidden_size, self.n_layers, self.n_heads + 2 * self.n_kv_heads, self.n_heads * self.head_dim
         attention = qkv * self.head_dim * (d + self.qkv_bias) + d * (o + self.o_bias)
-        return L * (attention + 3 * d * self.intermediate_size + 2 * d) + d + self.vocab_size * d * (2 - self.tie_embeddings)
+        attention += {"none": 0, "head": 2, "all": self.n_heads + self.n_kv_heads}[self.qk_norm] * self.head_dim
+        mlp = (2 + self.gated_mlp) * d * self.intermediate_size
+        mlp += self.mlp_bias * ((1 + self.gated_mlp) * self.intermediate_size + d)
+        norm = d * (2 if self.norm == "layer" else 1)
+        return L * (attention + mlp + 2 * norm) + norm + self.vocab_size * d * (2 - self.tie_embeddings)
 
     def train_flops_per_token(self, seq_len: int) -> float:
         """Forward and backward floating-point operations a token: 6 a matrix weight, and causal attention as half."""
         d, h = self.hidden_size, self.head_dim
-        matrices = self.n_layers * (2 * (self.n_heads + self.n_kv_heads) * h * d + 3 * d * self.intermediate_size)
+        mlp = (2 + self.gated_mlp) * d * self.intermediate_size
+        matrices = self.n_layers * (2 * (self.n_heads + self.n_kv_heads) * h * d + mlp)
         attention = self.n_layers * self.n_heads * h * seq_len  # 2 products of T x h a head and token, halved
         return 6 * (matrices + self.vocab_size * d + attention)
 
@@ -131,28 +116,35 @@ def product(*factors: Tensor | None) -> Tensor | None:
 def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str, Tensor | None]:
     """What the masks mean for layer i: the factors that the forward pass and compaction put on its weights.
 
-    Returns hidden [d] (both norms), head [H] (columns of o_proj, h each), intermediate [f] (rows of up_proj),
-    attention_out [d] (rows of o_proj) and mlp_out [d] (rows of down_proj); None is a factor of one.
+    Returns attention_norm and mlp_norm [d] (weight and bias of the norms), head [H] (columns of o_proj, h each),
+    attention_out [d] (rows of o_proj), intermediate [f] (rows of up_proj; without a gate, where an activation follows it,
+    columns of down_proj), mlp_out [d] (rows of down_proj), hidden [d] (0 for dims that no norm counts), and queries [H*h]
+    and keys [K*h] (rows of q_proj and k_proj, those that a norm over all heads counts).  None is a factor of one.
     Raises ValueError if a set is among the masks that gives no factor.
     """
     z = {name: mask if name == "hidden" else mask[i] for name, mask in masks.items()}
     hidden, layer, kv_head, query_head = (z.pop(name, None) for name in ("hidden", "layer", "kv_head", "query_head"))
     if kv_head is not None:  # [K]
         kv_head = kv_head.repeat_interleave(cfg.n_heads // cfg.n_kv_heads)  # a KV head takes its group along
+    head = product(z.pop("head", None), kv_head, None if query_head is None else query_head.flatten())
 
     def each_output(factor: Tensor | None) -> Tensor | None:  # one for each row: without a hidden mask there is but one, ()
         return None if factor is None else factor.expand(cfg.hidden_size)
 
-    factors = {
-        "hidden": hidden,
-        "head": product(z.pop("head", None), kv_head, None if query_head is None else query_head.flatten()),
-        "intermediate": z.pop("intermediate", None),
-        "attention_out": each_output(product(layer, z.pop("head_layer", None), hidden)),
-        "mlp_out": each_output(product(layer, z.pop("mlp", None), hidden)),
-    }
+    outs = [each_output(product(layer, z.pop(name, None), hidden)) for name in ("head_layer", "mlp")]
+    norms = [hidden, hidden]
+    if cfg.norm_after:  # which would undo what came before it: the factors come after, and before it only what is closed
+        outs, norms = [None if hidden is None else hidden != 0] * 2, outs
+    queries = keys = None
+    if cfg.qk_norm == "all" and head is not None:
+        is_open = head != 0
+        is_open = is_open | ~is_open.any()  # all closed, nothing comes out: count all, and do not divide by 0
+        queries, keys = (n.repeat_interleave(cfg.head_dim) for n in (is_open, is_open.view(cfg.n_kv_heads, -1).any(1)))
+    intermediate = z.pop("intermediate", None)
     if z:  # it would train, and do nothing
         raise ValueError(f"layer_masks puts no factor on any weight for the mask set {', '.join(z)}")
-    return factors
+    return {"hidden": hidden, "attention_norm": norms[0], "queries": queries, "keys": keys, "head": head,
+            "attention_out": outs[0], "mlp_norm": norms[1], "intermediate": intermediate, "mlp_out": outs[1]}
 
 
 def masked_linear(x: Tensor, linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
@@ -168,26 +160,35 @@ def masked_linear(x: Tensor, linear: nn.Linear, *, rows: Tensor | None = None, c
     return F.linear(x, weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the kept dimensions, in fp32.  x [..., d], z [d] or None -> [..., d] in x's dtype."""
+class Norm(nn.Module):
+    """Root-mean-square norm, or layer norm, over the kept dimensions, in fp32.
 
-    def __init__(self, size: int, eps: float):
+    x [..., n], 0 in every dimension that is not kept; kept [n], 0 there, or None: all; factor [n], of weight and bias, or
+    None -> [..., n] in x's dtype.
+    """
+
+    def __init__(self, size: int, eps: float, kind: str = "rms"):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" else None
 
-    def forward(self, x: Tensor, z: Tensor | None) -> Tensor:
-        # x is 0 wherever z is, so the sum needs no gather: only the count changes.  # spec 3
-        kept = x.shape[-1] if z is None else (z != 0).sum()
+    def forward(self, x: Tensor, kept: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        # x is 0 wherever kept is, so the sum needs no gather: only the count changes.  # spec 3
+        count = x.shape[-1] if kept is None else (kept != 0).sum()
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / kept + self.eps)
-        weight = self.weight if z is None else self.weight * z
-        return (normed * weight).to(x.dtype)
+        if self.bias is not None:
+            wide = wide - wide.sum(-1, keepdim=True) / count
+            wide = wide if kept is None else wide * (kept != 0)  # 0 again
+        normed = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / count + self.eps)
+        normed = normed * (self.weight if factor is None else self.weight * factor)
+        if self.bias is not None:
+            normed = normed + (self.bias if factor is None else self.bias * factor)
+        return normed.to(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: dict | None, device: torch.device) -> Tensor:
-    """Radians a token of each pair of a head's dimensions, [h/2], fp32."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+def rope_frequencies(size: int, theta: float, scaling: dict | None, device: torch.device) -> Tensor:
+    """Radians a token of each pair of `size` dimensions of a head, [size/2], fp32."""
+    frequencies = 1.0 / theta ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     if scaling is not None and scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
     if scaling is not None:  # llama3: keep the fast ones, stretch the slow ones, blend between (Llama 3.1's release)
@@ -199,20 +200,21 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict | None, device: 
 
 
 def rope_tables(cfg: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, h/2], fp32, of the angle of every position and frequency.
+    """Cosines and sines [T, r/2], fp32, of the angle of every position and frequency; r of a head's h dims are turned.
 
-    Computed at each call from the config: T x h/2 numbers cost nothing, and no cached buffer can be stale or too short.
+    Computed at each call from the config: T x r/2 numbers cost nothing, and no cached buffer can be stale or too short.
     """
-    frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
+    frequencies = rope_frequencies(cfg.rotary_dims or cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, device)
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split as in Hugging Face Llama, turned in fp32.  x [B, T, heads, h]; cos, sin [T, h/2]."""
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotary embedding, half-split as in Hugging Face Llama, turned in fp32.  x [B, T, heads, h]; cos, sin [T, r/2]."""
+    cos, sin, r = cos[:, None], sin[:, None], 2 * cos.shape[-1]
+    a, b = x[..., :r].chunk(2, dim=-1)
+    rest = (x[..., r:],) if r < x.shape[-1] else ()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -224,13 +226,20 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(q, d, bias=cfg.o_bias)
+        if cfg.qk_norm != "none":
+            q, kv = (q, kv) if cfg.qk_norm == "all" else (cfg.head_dim, cfg.head_dim)
+            self.q_norm, self.k_norm = Norm(q, cfg.norm_eps), Norm(kv, cfg.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, z: dict[str, Tensor | None]) -> Tensor:
         B, T, _ = x.shape
         h, H, K = self.cfg.head_dim, self.cfg.n_heads, self.cfg.n_kv_heads
-        q = rotate(self.q_proj(x).view(B, T, H, h), cos, sin)
-        k = rotate(self.k_proj(x).view(B, T, K, h), cos, sin)
-        v = self.v_proj(x).view(B, T, K, h)
+        q, k = masked_linear(x, self.q_proj, rows=z["queries"]), masked_linear(x, self.k_proj, rows=z["keys"])
+        if self.cfg.qk_norm == "all":
+            q, k = self.q_norm(q, z["queries"]), self.k_norm(k, z["keys"])
+        q, k, v = q.view(B, T, H, h), k.view(B, T, K, h), self.v_proj(x).view(B, T, K, h)
+        if self.cfg.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.attention == "flash_attn":  # CUDA, half precision, and installed: the stage has checked
             from flash_attn import flash_attn_func
 
@@ -247,26 +256,39 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=cfg.mlp_bias) if cfg.gated_mlp else None
+        self.up_proj = nn.Linear(d, f, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(f, d, bias=cfg.mlp_bias)
+        self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor, z: dict[str, Tensor | None]) -> Tensor:
+        if self.gate_proj is None:
+            units = self.activation(self.up_proj(x))  # (B, T, f)
+            return masked_linear(units, self.down_proj, rows=z["mlp_out"], columns=z["intermediate"])
         up = masked_linear(x, self.up_proj, rows=z["intermediate"])  # (B, T, f)
-        return masked_linear(F.silu(self.gate_proj(x)) * up, self.down_proj, rows=z["mlp_out"])
+        return masked_linear(self.activation(self.gate_proj(x)) * up, self.down_proj, rows=z["mlp_out"])
 
 
 class Layer(nn.Module):
+    """Two blocks, attention and MLP, and the norm of each, with Llama's names for them."""
+
     def __init__(self, cfg: ModelConfig, attention: str):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.cfg = cfg
+        self.input_layernorm = Norm(cfg.hidden_size, cfg.norm_eps, cfg.norm)
         self.self_attn = Attention(cfg, attention)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.post_attention_layernorm = Norm(cfg.hidden_size, cfg.norm_eps, cfg.norm)
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, z: dict[str, Tensor | None]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x, z["hidden"]), cos, sin, z)
-        return x + self.mlp(self.post_attention_layernorm(x, z["hidden"]), z)
+        norm_1 = partial(self.input_layernorm, kept=z["hidden"], factor=z["attention_norm"])
+        norm_2 = partial(self.post_attention_layernorm, kept=z["hidden"], factor=z["mlp_norm"])
+        if self.cfg.norm_after:
+            x = x + norm_1(self.self_attn(x, cos, sin, z))
+            return x + norm_2(self.mlp(x, z))
+        y = x + self.self_attn(norm_1(x), cos, sin, z)
+        return y + self.mlp(norm_2(x if self.cfg.parallel_residual else y), z)
 
 
 def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
@@ -352,7 +374,7 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size),
             "layers": nn.ModuleList(Layer(cfg, attention) for _ in range(cfg.n_layers)),
-            "norm": RMSNorm(cfg.hidden_size, cfg.norm_eps),
+            "norm": Norm(cfg.hidden_size, cfg.norm_eps, cfg.norm),
         })
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
@@ -376,7 +398,7 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, cos, sin, z, use_reentrant=False, preserve_rng_state=False, **options)
             else:
                 x = layer(x, cos, sin, z)
-        x = self.model["norm"](x, hidden)
+        x = self.model["norm"](x, hidden, hidden)
         return x, (self.model["embed_tokens"] if self.lm_head is None else self.lm_head).weight  # unmasked
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, masks: dict[str, Tensor] | None = None, *,

@@ -26,6 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "play", "wiki")
 TINY = dict(vocab_size=64, hidden_size=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, intermediate_size=48,
             context_length=64)
+SHAPES = {  # what each family adds to TINY
+    "llama": {},
+    "qwen2": dict(qkv_bias=True, tie_embeddings=True),
+    "qwen3": dict(qk_norm="head", head_dim=10, tie_embeddings=True),
+    "gpt_neox": dict(n_kv_heads=4, norm="layer", gated_mlp=False, activation="gelu", qkv_bias=True, o_bias=True,
+                     mlp_bias=True, parallel_residual=True, rotary_dims=2),
+    "phi3": dict(rotary_dims=6),
+    "olmo2": dict(qk_norm="all", norm_after=True),
+    "all at once": dict(qk_norm="all", norm_after=True, norm="layer", qkv_bias=True, o_bias=True, mlp_bias=True,
+                        activation="gelu_pytorch_tanh", rotary_dims=4, n_heads=6, n_kv_heads=3),
+}
 torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TARGET, prune_settings, random_model, random_tokens, run_script, soft_mask, tiny_config, write_model
+from conftest import (SHAPES, TARGET, prune_settings, random_model, random_tokens, run_script, soft_mask, tiny_config,
+                      write_model)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -135,11 +136,12 @@ def test_transformers_gives_the_masked_logits(name, tmp_path):
     close(theirs(tokens).logits, model(tokens, masks=masks), 1e-4)
 
 
+@pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("name", MASKS)
 @torch.no_grad()
-def test_a_unit_of_every_set_matters_until_it_is_cut(name):
+def test_a_unit_of_every_set_matters_until_it_is_cut(name, family):
     """A set that did nothing, or that compaction overlooked, would fail here: a line in the table is not enough."""
-    cfg = tiny_config(n_kv_heads=2 if name in ("kv_head", "query_head") else 4)
+    cfg = tiny_config(**SHAPES[family] | dict(n_heads=4, n_kv_heads=2 if name in ("kv_head", "query_head") else 4))
     model, tokens = random_model(cfg), random_tokens(cfg)
     masks = {name: torch.ones([dims(cfg)[x] for x in MASKS[name]])}
     masks[name][..., 1] = 0  # of each row

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import RMSNorm
+from model import Norm
 from tools import gpu_cases, gpu_check
 
 CPU = torch.device("cpu")
@@ -28,10 +28,10 @@ def test_what_is_checked():
 
 def test_a_check_finds_a_difference(monkeypatch):
     """DDP and FSDP against the plain model, once as it is and once with a norm that counts other dimensions there."""
-    check, plain = gpu_cases.CHECKS["ddp and fsdp are the plain model"], RMSNorm.forward
+    check, plain = gpu_cases.CHECKS["ddp and fsdp are the plain model"], Norm.forward
     assert check(CPU).startswith("ddp: ")
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x, z: plain(
-        self, x, None if torch.distributed.is_initialized() else z))
+    monkeypatch.setattr(Norm, "forward", lambda self, x, kept=None, factor=None: plain(
+        self, x, None if torch.distributed.is_initialized() else kept, factor))
     with pytest.raises(AssertionError, match="ddp: they differ by"):
         check(CPU)
     assert not torch.distributed.is_initialized()

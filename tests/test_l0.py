@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT, SHAPES, tiny_config
 
 from l0 import (L0, LOG_ALPHA_MAX, LOG_ALPHA_MIN, MASKS, TopK, dims, expected_params, mask_sets, prob_open,
                 sample, straight_through, undecided)
@@ -208,13 +208,14 @@ def test_clamp_bounds_and_start():
 
 def matrices(cfg: ModelConfig) -> int:
     return cfg.n_layers * (2 * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim * cfg.hidden_size
-                           + 3 * cfg.hidden_size * cfg.intermediate_size)
+                           + (2 + cfg.gated_mlp) * cfg.hidden_size * cfg.intermediate_size)
 
 
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("changes", [dict(tie_embeddings=True), *SHAPES.values()])
 @pytest.mark.parametrize("source, target", [(GROUPED, GROUPED_TARGET), (SOURCE, TARGET), (GROUPED, GROUPED)])
-def test_expected_params_are_the_real_ones_where_masks_are_decided(source, target, tie):
-    source, target = (dataclasses.replace(c, tie_embeddings=tie) for c in (source, target))
+def test_expected_params_are_the_real_ones_where_masks_are_decided(source, target, changes):
+    changes = {name: value for name, value in changes.items() if "heads" not in name}
+    source, target = (dataclasses.replace(c, **changes) for c in (source, target))
     masks = L0(mask_sets(source, target))
     closed = {name: (z != 0).double() for name, z in spread(masks).deterministic().items()}
     everything = {name: torch.ones_like(z) for name, z in closed.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_model, random_tokens, soft_mask, tiny_config
+from conftest import ROOT, SHAPES, random_model, random_tokens, soft_mask, tiny_config
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -64,55 +64,93 @@ def test_agrees_with_the_authors_model(which):
 def written_out(model: Transformer, tokens: torch.Tensor, z: dict[str, torch.Tensor]) -> torch.Tensor:
     """Spec 3 as it stands there: masks on activations, attention head by head.  float64; z has every set of MASKS."""
     cfg, hidden, keep = model.cfg, z["hidden"], z["hidden"] != 0
-    T, h = tokens.shape[1], cfg.head_dim
+    T, h, turned = tokens.shape[1], cfg.head_dim, cfg.rotary_dims or cfg.head_dim
     cos, sin = rope_tables(cfg, T, tokens.device)
-    turn = torch.complex(cos.double(), sin.double())  # (T, h/2)
+    turn = torch.complex(cos.double(), sin.double())  # (T, turned/2)
+    activation = {"silu": F.silu, "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2, "gelu_pytorch_tanh":
+                  lambda x: x * (1 + torch.tanh((2 / torch.pi)**0.5 * (x + 0.044715 * x**3))) / 2}[cfg.activation]
 
-    def norm(x, module):
-        mean_square = x[..., keep].square().mean(-1, keepdim=True)
-        return x / (mean_square + cfg.norm_eps).sqrt() * module.weight * hidden
+    def norm(x, module, kept, factor):  # of the kept dims, as if the others were not there
+        y = x[..., kept]
+        if module.bias is not None:
+            y = y - y.mean(-1, keepdim=True)
+        y = y / (y.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * module.weight[kept]
+        y = y if module.bias is None else y + module.bias[kept]
+        return torch.zeros_like(x).index_add_(-1, kept.nonzero().flatten(), y) * factor
 
     def rotated(x):  # (B, T, h)
-        y = torch.complex(x[..., :h // 2], x[..., h // 2:]) * turn
-        return torch.cat((y.real, y.imag), -1)
+        a, b, rest = x.split((turned // 2, turned // 2, h - turned), -1)
+        y = torch.complex(a, b) * turn
+        return torch.cat((y.real, y.imag, rest), -1)
+
+    def attention(a, y, i):
+        q, k, v = a.q_proj(y), a.k_proj(y), a.v_proj(y)
+        group = cfg.n_heads // cfg.n_kv_heads
+        factors = (z["kv_head"][i][:, None] * z["query_head"][i] * z["head"][i].view(-1, group)).flatten()  # (H)
+        if cfg.qk_norm == "all":
+            is_open = factors != 0
+            q = norm(q, a.q_norm, is_open.repeat_interleave(h), 1)
+            k = norm(k, a.k_norm, is_open.view(-1, group).any(1).repeat_interleave(h), 1)
+        contexts = []
+        for head in range(cfg.n_heads):
+            at, kv_at = (slice(n * h, (n + 1) * h) for n in (head, head // group))
+            one_q, one_k = q[..., at], k[..., kv_at]
+            if cfg.qk_norm == "head":
+                every = torch.ones(h).bool()
+                one_q, one_k = norm(one_q, a.q_norm, every, 1), norm(one_k, a.k_norm, every, 1)
+            scores = rotated(one_q) @ rotated(one_k).transpose(1, 2) / h**0.5  # (B, T, T)
+            seen = torch.ones(T, T).tril().bool()
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            contexts.append(weights @ v[..., kv_at] * factors[head])
+        return a.o_proj(torch.cat(contexts, -1))
+
+    def mlp(m, y, i):
+        if cfg.gated_mlp:
+            return m.down_proj(activation(m.gate_proj(y)) * m.up_proj(y) * z["intermediate"][i])
+        return m.down_proj(activation(m.up_proj(y)) * z["intermediate"][i])
+
+    def block(x, module, what, its_norm, i, factor):
+        if cfg.norm_after:
+            return norm(what(module, x, i), its_norm, keep, hidden) * factor
+        return what(module, norm(x, its_norm, keep, hidden), i) * factor * hidden
 
     x = model.model["embed_tokens"](tokens) * hidden
     for i, layer in enumerate(model.model["layers"]):
-        a, y = layer.self_attn, norm(x, layer.input_layernorm)
-        q, k, v = a.q_proj(y), a.k_proj(y), a.v_proj(y)
-        contexts = []
-        for head in range(cfg.n_heads):
-            kv, query = divmod(head, cfg.n_heads // cfg.n_kv_heads)
-            at, kv_at = slice(head * h, (head + 1) * h), slice(kv * h, (kv + 1) * h)
-            scores = rotated(q[..., at]) @ rotated(k[..., kv_at]).transpose(1, 2) / h**0.5  # (B, T, T)
-            seen = torch.ones(T, T).tril().bool()
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            factor = z["kv_head"][i, kv] * z["query_head"][i, kv, query] * z["head"][i, head]
-            contexts.append(weights @ v[..., kv_at] * factor)
-        x = x + a.o_proj(torch.cat(contexts, -1)) * z["layer"][i] * z["head_layer"][i] * hidden
-        y = norm(x, layer.post_attention_layernorm)
-        units = F.silu(layer.mlp.gate_proj(y)) * (layer.mlp.up_proj(y) * z["intermediate"][i])
-        x = x + layer.mlp.down_proj(units) * z["layer"][i] * z["mlp"][i] * hidden
-    return norm(x, model.model["norm"]) @ (model.model["embed_tokens"] if cfg.tie_embeddings else model.lm_head).weight.T
+        y = x + block(x, layer.self_attn, attention, layer.input_layernorm, i, z["layer"][i] * z["head_layer"][i])
+        x = y + block(x if cfg.parallel_residual else y, layer.mlp, mlp, layer.post_attention_layernorm, i,
+                      z["layer"][i] * z["mlp"][i])
+    head = model.model["embed_tokens"] if cfg.tie_embeddings else model.lm_head
+    return norm(x, model.model["norm"], keep, hidden) @ head.weight.T
 
 
 @pytest.mark.parametrize("sets", [(), *itertools.combinations(GQA_SETS, 1), ("kv_head", "query_head"), GQA_SETS])
-@pytest.mark.parametrize("changes", [{}, dict(qkv_bias=True, o_bias=True, tie_embeddings=True, n_heads=6, n_kv_heads=3)])
+@pytest.mark.parametrize("family", SHAPES)
 @torch.no_grad()
-def test_is_the_method_written_out(sets, changes):
-    cfg = tiny_config(n_layers=3, **changes)
+def test_is_the_method_written_out(sets, family):
+    cfg = tiny_config(n_layers=3, **SHAPES[family])
     model, tokens = random_model(cfg, dtype=torch.float64), random_tokens(cfg)
     masks = random_masks(cfg, sets, dtype=torch.float64)
     every = {name: torch.ones([dims(cfg)[x] for x in axes], dtype=torch.float64) for name, axes in MASKS.items()}
     torch.testing.assert_close(model(tokens, masks=masks), written_out(model, tokens, every | masks), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", SHAPES)
 @torch.no_grad()
-def test_masks_of_ones_are_no_masks():
-    cfg = tiny_config(qkv_bias=True, o_bias=True)
+def test_masks_of_ones_are_no_masks(family):
+    cfg = tiny_config(**SHAPES[family])
     model, tokens = random_model(cfg), random_tokens(cfg)
     ones = {name: torch.ones_like(z) for name, z in random_masks(cfg).items()}
     assert torch.equal(model(tokens, masks=ones), model(tokens))
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_closing_everything_is_still_finite(family):
+    """A sample of the masks may close all heads or all units of a layer."""
+    cfg = tiny_config(**SHAPES[family])
+    model, tokens = random_model(cfg), random_tokens(cfg)
+    masks = {name: torch.zeros([dims(cfg)[x] for x in MASKS[name]], requires_grad=True) for name in GQA_SETS[1:]}
+    gradients = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:], masks), [*model.parameters(), *masks.values()])
+    assert all(g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -229,7 +267,8 @@ def test_bf16_autocast_stays_close():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(tie_embeddings=True), dict(qkv_bias=True), dict(qkv_bias=True, o_bias=True, n_kv_heads=1),
+    *SHAPES.values(), dict(tie_embeddings=True), dict(gated_mlp=False, mlp_bias=True),
+    dict(qkv_bias=True, o_bias=True, n_kv_heads=1),
     dict(o_bias=True, n_kv_heads=4, head_dim=10), dict(hidden_size=20, n_layers=1, n_heads=6, n_kv_heads=3),
 ])
 def test_n_params_counts_the_shapes(changes):
@@ -237,9 +276,10 @@ def test_n_params_counts_the_shapes(changes):
     assert cfg.n_params() == sum(p.numel() for p in Transformer(cfg).parameters())
 
 
-def test_flops_are_six_a_weight_and_causal_attention():
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "olmo2"])
+def test_flops_are_six_a_weight_and_causal_attention(family):
     """A shape without attention worth the name: 6 x (matrix weights, the head among them)."""
-    cfg = tiny_config()
+    cfg = tiny_config(**SHAPES[family])
     weights = sum(p.numel() for n, p in Transformer(cfg).named_parameters() if p.dim() == 2 and "embed" not in n)
     assert cfg.train_flops_per_token(0) == 6 * weights
     T, H, h = 50, cfg.n_heads, cfg.head_dim
@@ -275,9 +315,10 @@ def test_fresh_weights_follow_from_the_seed_alone():
     assert all(p.isfinite().all() and p.abs().max() <= 1 for p in a.values())
 
 
+@pytest.mark.parametrize("family", SHAPES)
 @torch.no_grad()
-def test_no_token_sees_the_future():
-    cfg = tiny_config()
+def test_no_token_sees_the_future(family):
+    cfg = tiny_config(**SHAPES[family])
     model, tokens, masks = random_model(cfg), random_tokens(cfg, B=1, T=12), random_masks(cfg)
     before = model(tokens, masks=masks)
     for t in (0, 5, 11):
@@ -288,10 +329,12 @@ def test_no_token_sees_the_future():
         assert all((after[0, i] - before[0, i]).abs().max() > 1e-4 for i in range(t, 12))
 
 
-@pytest.mark.parametrize("kv_heads, sets", [(2, GQA_SETS), (4, ("hidden", "layer", "head", "intermediate"))])
-def test_gradients_of_masks_are_finite_differences(kv_heads, sets):
-    cfg = tiny_config(hidden_size=6, n_layers=2, intermediate_size=5, head_dim=4, n_kv_heads=kv_heads, qkv_bias=True,
-                      o_bias=True)
+@pytest.mark.parametrize("changes, sets", [
+    (dict(n_kv_heads=2, qkv_bias=True, o_bias=True), GQA_SETS), (SHAPES["olmo2"], GQA_SETS),
+    (dict(n_kv_heads=4, qkv_bias=True, o_bias=True), ("hidden", "layer", "head", "intermediate")),
+    (SHAPES["gpt_neox"], ("hidden", "layer", "head", "intermediate"))])
+def test_gradients_of_masks_are_finite_differences(changes, sets):
+    cfg = tiny_config(**dict(hidden_size=6, n_layers=2, intermediate_size=5, head_dim=4) | changes)
     model, tokens = random_model(cfg, dtype=torch.float64), random_tokens(cfg, T=7)
     generator = torch.Generator().manual_seed(0)
     masks = {name: torch.empty(z.shape, dtype=torch.float64).uniform_(0.2, 0.9, generator=generator).requires_grad_()
@@ -310,9 +353,10 @@ def test_gradients_of_masks_are_finite_differences(kv_heads, sets):
                 torch.testing.assert_close((above - below) / 2e-5, want, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_compiles_into_one_graph(masked):
-    cfg = tiny_config(n_layers=2)
+@pytest.mark.parametrize("family, masked", [("llama", False), ("llama", True), ("gpt_neox", True),
+                                            ("all at once", True)])
+def test_compiles_into_one_graph(family, masked):
+    cfg = tiny_config(**dict(n_layers=2) | SHAPES[family])
     model, tokens = random_model(cfg), random_tokens(cfg, T=9)
     masks = {n: z.requires_grad_() for n, z in random_masks(cfg).items()} if masked else {}
     leaves = [*model.parameters(), *masks.values()]
@@ -353,8 +397,9 @@ def test_rotary_tables_are_those_of_transformers(scaling):
 
 
 def test_config_survives_json():
-    cfg = tiny_config(rope_scaling={"rope_type": "linear", "factor": 2.0}, tie_embeddings=True, qkv_bias=True)
-    assert ModelConfig.from_json(cfg.to_json()) == cfg
+    for changes in (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), *SHAPES.values()):
+        cfg = tiny_config(**changes)
+        assert ModelConfig.from_json(cfg.to_json()) == cfg
 
 
 @pytest.mark.parametrize("change, named", [
@@ -364,6 +409,10 @@ def test_config_survives_json():
     (dict(tie_embeddings=1), "tie_embeddings"), (dict(rope_scaling={"rope_type": "yarn"}), "yarn"),
     (dict(rope_scaling={"rope_type": "linear"}), "factor"), (dict(rope_scaling="linear"), "rope_scaling"),
     (dict(rope_scaling={"rope_type": "linear", "factor": 0}), "factor"),
+    (dict(norm="batch"), "norm = 'batch' is not one of rms, layer"), (dict(activation=None), "activation"),
+    (dict(qk_norm=["all"]), "qk_norm"), (dict(rotary_dims=3), "rotary_dims = 3"),
+    (dict(rotary_dims=8), "below head_dim = 8"), (dict(rotary_dims=2.0), "rotary_dims = 2.0"),
+    (dict(norm_after=True, parallel_residual=True), "norm_after"),
     (dict(colour="red"), "colour"), (dict(vocab_size=None), "vocab_size"),
 ])
 def test_bad_configs_are_refused_by_name(change, named):
