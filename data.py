@@ -38,6 +38,7 @@ class Split:
     tokenizer: str  # fingerprint
     checksums: tuple[tuple[Path, str], ...] = ()  # of each file: SHA-256 by its index
     max_token: int = -1  # the largest id in it, -1 if it is empty
+    n_bytes: int = 0  # of its text, UTF-8
 
     @property
     def n_windows(self) -> int:
@@ -110,7 +111,7 @@ def open_split(data_dir: str | Path, domain: str, split: str, seq_len: int) -> S
     return Split(domain, split, seq_len, tuple(parts), np.cumsum([0, *windows], dtype=np.int64),
                  indexes[0]["vocab_size"], indexes[0]["tokenizer"],
                  tuple((path.with_suffix(".bin"), index["sha256"]) for path, index in zip(paths, indexes)),
-                 max(index["max_token"] for index in indexes))
+                 max(index["max_token"] for index in indexes), sum(index["n_bytes"] for index in indexes))
 
 
 def open_domains(data_dir: str | Path, domains: list[str], split: str, seq_len: int) -> list[Split]:
@@ -133,6 +134,11 @@ class RunData:
     @property
     def domains(self) -> list[str]:
         return [s.domain for s in self.train]
+
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """Of each domain, what makes bits a byte of its held-out text, any tokenizer's, of a loss in nats a token."""
+        return {s.domain: s.n_tokens / (s.n_bytes * math.log(2)) for s in self.eval if s.n_bytes}
 
     def verify(self) -> None:
         """Raises ValueError, naming the file, if one differs from the checksum in its index.  Reads all, in 8 threads."""

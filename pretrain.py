@@ -152,7 +152,7 @@ def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: R
             with user_errors():
                 losses = evaluate(model, {}, data.eval, cfg, processes, turn=turn)
             steer(state, losses, cfg)
-            metrics.evaluation(losses)
+            metrics.evaluation(losses, data.bits_per_byte)
         stop = metrics.stop
         if not last:
             batch = sampler.draw(step, state.domain_weights, state.cursors)

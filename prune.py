@@ -73,8 +73,7 @@ class PruneSettings(TrainSettings):
 
 def target_config(cfg: PruneSettings, source: ModelConfig) -> ModelConfig:
     """The exact shape to end at.  Raises ValueError if the numbers do not fit together."""
-    given = {f.name.removeprefix("target_"): getattr(cfg, f.name) for f in dataclasses.fields(cfg)
-             if f.name.startswith("target_") and getattr(cfg, f.name) is not None}
+    given = {name.removeprefix("target_"): n for name, n in vars(cfg).items() if name.startswith("target_") and n is not None}
     n_heads, group = given.get("n_heads", source.n_heads), source.n_heads // source.n_kv_heads
     if "n_kv_heads" not in given and n_heads % group:
         raise ValueError(f"target_n_heads = {n_heads} does not divide by the source's group of {group} query heads; "
@@ -227,7 +226,7 @@ def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunD
             with user_errors():
                 losses = evaluate(model, z, data.eval, cfg, processes, turn=turn)
             steer(state, losses, cfg)
-            metrics.evaluation(losses, mask_metrics(masks, model.cfg, cfg, step) if step else None)
+            metrics.evaluation(losses, data.bits_per_byte, mask_metrics(masks, model.cfg, cfg, step) if step else None)
             if processes.rank == 0 and masks.sets:
                 save_masks(cfg.out_dir, masks, step)
         stop = metrics.stop

@@ -140,17 +140,24 @@ class Metrics:
                                   f"{cfg.out_dir} holds the weights as they were before those: look for the cause in the "
                                   "data, or --resume with a lower learning_rate")
 
-    def evaluation(self, losses: dict[str, float | None], values: dict[str, float | Tensor] | None = None) -> None:
-        """One line of an evaluation, and the same for people, with the sparsities and their targets among `values`."""
+    def evaluation(self, losses: dict[str, float | None], bits_per_byte: dict[str, float],
+                   values: dict[str, float | Tensor] | None = None) -> None:
+        """One line of an evaluation, and the same for people, with the sparsities and their targets among `values`.
+
+        losses: nats a token; times bits_per_byte, by domain, they are bits a byte of text, which tokenizers share.
+        """
         state, known = self.state, [v for v in losses.values() if v is not None]
         sparse = {name.removeprefix("target_sparsity/"): float(v) for name, v in (values or {}).items()
                   if name.startswith("target_sparsity/")}
         shown = ", ".join(f"{name} {float(values[f'sparsity/{name}']):.3f} of {v:.3f}" for name, v in sparse.items())
+        bits = {d: v * bits_per_byte[d] for d, v in losses.items() if v is not None and d in bits_per_byte}
         values = {f"eval_loss/{d}": v for d, v in losses.items()}
+        values |= {f"eval_bits_per_byte/{d}": bits.get(d) for d in losses}
         values |= {f"domain_weight/{d}": w for d, w in state.domain_weights.items()}
         self.write(values | {"eval_loss": sum(known) / len(known) if known else None})
-        self.processes.say(f"step {state.step}: " + ", ".join(
-            f"{d} {'n/a' if v is None else f'{v:.4f}'} (weight {state.domain_weights[d]:.3f})" for d, v in losses.items())
+        self.processes.say(f"step {state.step}, nats a token, bits a byte, weight: " + ", ".join(
+            f"{d} {'n/a' if v is None else f'{v:.4f}'} {f'{bits[d]:.3f}' if d in bits else 'n/a'} "
+            f"{state.domain_weights[d]:.3f}" for d, v in losses.items())
             + f".  Expected sparsity and its target: {shown}" * bool(shown))
 
     def write(self, values: dict[str, float | None]) -> None:

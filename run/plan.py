@@ -128,6 +128,9 @@ def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data,
     left_out = sorted(in_data_dir(cfg) - set(data.domains))
     if left_out:
         processes.say(f"note: domain_weights leaves out what {cfg.data_dir} has too: {', '.join(left_out)}")
+    few = [f"{s.domain} {s.n_windows:,}" for s in data.eval if s.n_windows < cfg.eval_sequences]
+    if few:
+        processes.say(f"note: fewer held-out sequences than eval_sequences = {cfg.eval_sequences:,}: {', '.join(few)}")
     processes.say(data.budget_table(state.domain_weights, state.cursors, sequences))
     for s in data.train:
         epochs = (state.cursors[s.domain] + state.domain_weights[s.domain] * sequences) / s.n_windows

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import sys
@@ -283,7 +284,8 @@ def test_metrics_hold_what_they_promise(pruned):
     train = {"step", "loss", "loss/lagrangian", "expected_params", "expected_prunable_params", "lr_factor", "skipped",
              "tokens_per_second", "mfu", *(f"grad_norm/{group}" for group in ("weights", "log_alpha", "multipliers")),
              *(f"{kind}/{m}" for m in sets for kind in ("sparsity", "target_sparsity", "lambda", "phi"))}
-    evaluation = {"step", "eval_loss", *(f"{kind}/{d}" for d in DOMAINS for kind in ("eval_loss", "domain_weight"))}
+    evaluation = {"step", "eval_loss", *(f"{kind}/{d}" for d in DOMAINS
+                                         for kind in ("eval_loss", "eval_bits_per_byte", "domain_weight"))}
     lines = read_metrics(pruned)
     assert [(x["step"], "loss" in x) for x in lines] == [
         (0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False)]
@@ -293,6 +295,8 @@ def test_metrics_hold_what_they_promise(pruned):
         if "loss" not in line:
             assert line["eval_loss"] == pytest.approx(sum(line[f"eval_loss/{d}"] for d in DOMAINS) / 3)
             assert sum(line[f"domain_weight/{d}"] for d in DOMAINS) == pytest.approx(1)
+            for d in DOMAINS:  # four bytes a token here
+                assert line[f"eval_bits_per_byte/{d}"] == pytest.approx(line[f"eval_loss/{d}"] / math.log(2) / 4)
     assert lines[1]["tokens_per_second"] > 0 and lines[1]["skipped"] == 0
     assert sorted(p.name for p in (pruned / "masks").iterdir()) == [f"step_{s:07d}.safetensors" for s in (0, 3, 6)]
     assert (pruned / "masks" / "step_0000006.safetensors").read_bytes() == (
@@ -332,7 +336,9 @@ def test_a_domain_without_evaluation_tokens_keeps_its_weight(tmp_path, source, s
     lines = eval_lines(tmp_path / "out")
     assert [x["eval_loss/play"] for x in lines] == [None] * 3 and [x["domain_weight/play"] for x in lines] == [0.35] * 3
     assert lines[-1]["domain_weight/code"] > 0.5 and lines[-1]["eval_loss"] is not None
-    assert "play n/a" in capsys.readouterr().out
+    assert lines[-1]["eval_bits_per_byte/play"] is None
+    said = capsys.readouterr().out  # each has 700 held-out tokens but this one, and 5 sequences are asked for
+    assert "play n/a n/a 0.350, wiki" in said and "note: fewer held-out sequences than eval_sequences = 5: play 0\n" in said
 
 
 def test_a_used_up_domain_is_announced_or_stops_the_run(tmp_path, source, capsys):
