@@ -73,7 +73,7 @@ class PruneSettings(TrainSettings):
 
 def target_config(cfg: PruneSettings, source: ModelConfig) -> ModelConfig:
     """The exact shape to end at.  Raises ValueError if the numbers do not fit together."""
-    given = {name.removeprefix("target_"): n for name, n in vars(cfg).items() if name.startswith("target_") and n is not None}
+    given = {k.removeprefix("target_"): n for k, n in vars(cfg).items() if k.startswith("target_") and n is not None}
     n_heads, group = given.get("n_heads", source.n_heads), source.n_heads // source.n_kv_heads
     if "n_kv_heads" not in given and n_heads % group:
         raise ValueError(f"target_n_heads = {n_heads} does not divide by the source's group of {group} query heads; "
