@@ -322,26 +322,34 @@ class HeadLoss(torch.autograd.Function):
         dx = torch.empty_like(narrow_x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         each, kl = torch.empty(N, dtype=wide, device=x.device), None
-        rows = max(1, LOSS_BYTES // (wide.itemsize * V))
+        rows = min(N, max(1, LOSS_BYTES // (wide.itemsize * V)))
         if teacher_x is not None:
-            kl, rows = torch.empty_like(each), (rows + 1) // 2  # two such tensors
+            kl, rows = torch.empty_like(each), (rows + 1) // 2
             teacher_x, teacher_head = teacher_x.to(dtype), teacher_head.to(dtype)
+        # Buffers for all chunks: memory that is asked for anew costs a CPU as much time as all the softmax does.
+        logits = torch.empty(rows, V, dtype=dtype, device=x.device)
+        buffers = [torch.empty_like(logits, dtype=wide) for _ in range(1 if kl is None else 3)]
+
+        def log_softmax(x: Tensor, head: Tensor, out: Tensor) -> Tensor:
+            return torch.log_softmax(torch.mm(x, head.T, out=logits[:len(x)]), -1, dtype=wide, out=out[:len(x)])
+
         for part in (slice(i, i + rows) for i in range(0, N, rows)):
-            log_p = F.log_softmax(F.linear(narrow_x[part], narrow_head), -1, dtype=wide)  # (rows, V)
+            log_p = log_softmax(narrow_x[part], narrow_head, buffers[0])  # (rows, V)
             target = targets[part, None]
             each[part] = -log_p.gather(1, target)[:, 0]
             if kl is not None:
-                log_q = F.log_softmax(F.linear(teacher_x[part], teacher_head), -1, dtype=wide)
-                q = log_q.exp()
+                log_q = log_softmax(teacher_x[part], teacher_head, buffers[1])
+                q = torch.exp(log_q, out=buffers[2][:len(log_q)])
                 kl[part] = log_q.sub_(log_p).mul_(q).sum(-1)
             if dx is None and dhead is None:
                 continue
             p = log_p.exp_()
             if kl is not None:
                 p.sub_(q, alpha=kd_weight)
-            dlogits = p.scatter_add_(1, target, torch.full_like(target, kd_weight - 1, dtype=wide)).to(dtype)
+            p.scatter_add_(1, target, torch.full_like(target, kd_weight - 1, dtype=wide))
+            dlogits = p if dtype == wide else logits[:len(p)].copy_(p)
             if dx is not None:
-                dx[part] = dlogits @ narrow_head
+                torch.mm(dlogits, narrow_head, out=dx[part])
             if dhead is not None and dtype == wide:
                 dhead.addmm_(dlogits.T, narrow_x[part])
             elif dhead is not None:
