@@ -36,10 +36,23 @@ from run.weights import (DTYPE_CODES, check_names, is_finite, load_weights, new_
 CARRIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
            "tekken.json", "tiktoken.txt", "vocab.*", "merges.txt", "chat_template*", "LICENSE*", "NOTICE*")
 ROPE_KEYS = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")  # the last two, GPT-NeoX: the causal mask
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 TOLERANCE = 1e-4  # --verify: largest difference of a logit, as a share of the largest logit
 
 Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
+
+
+# Field of ModelConfig -> its name in a config.json, unless the family has another; None: it has none, and one value.
+KEYS = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size", "norm_eps": "rms_norm_eps", "activation": "hidden_act",
+    "context_length": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
+    "rope_theta": "rope_theta", "rotary_dims": None,  # as a share of head_dim
+}
+REQUIRED = ("vocab_size", "hidden_size", "n_layers", "n_heads", "intermediate_size", "context_length", "norm_eps")
+ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 
 
 @dataclass(frozen=True)
@@ -47,27 +60,58 @@ class Family:
     """What tells one model_type from another: all that is known of it here."""
 
     architecture: str  # transformers' class
-    defaults: dict  # what its config class takes for a name that config.json does not have (a null is none)
-    biases: tuple[tuple[bool, bool], ...]  # what it can be of (qkv_bias, o_bias); of two, attention_bias chooses the second
+    keys: dict = dataclasses.field(default_factory=dict)  # as KEYS, what is more or other there
+    fixed: dict = dataclasses.field(default_factory=dict)  # fields of ModelConfig in which it is not what our default says
+    defaults: dict = dataclasses.field(default_factory=dict)  # of its config class, for names that config.json may lack
+    modules: dict = dataclasses.field(default_factory=dict)  # our name -> its; several of ours in one lie there in our order
+    by_head: bool = False  # they lie there head by head, not one behind the other
     any_width: bool = True  # hidden_size need not divide by the heads
+    scaling: bool = True  # of rotary embeddings; False: only the plain ones
     window: str | None = None  # what turns its sliding_window on, "" if nothing has to; None: it has none
-    written: dict = dataclasses.field(default_factory=dict)  # in an export's config; a str: the value of that field of ours
 
 
 FAMILIES = {  # in the order in which an export looks for one that can hold it
-    "llama": Family("LlamaForCausalLM", {}, ((False, False), (True, True)), any_width=False,
-                    written={"attention_bias": "o_bias"}),
-    "mistral": Family("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}, ((False, False),), window="",
-                      written={"sliding_window": None}),
-    "qwen2": Family("Qwen2ForCausalLM", {"num_key_value_heads": 32, "sliding_window": 4096}, ((True, False),),
-                    window="use_sliding_window"),
+    "llama": Family("LlamaForCausalLM", ATTENTION_BIAS | {"mlp_bias": "mlp_bias"}, any_width=False),
+    "mistral": Family("MistralForCausalLM", defaults={"num_key_value_heads": 8, "sliding_window": 4096}, window=""),
+    "qwen2": Family("Qwen2ForCausalLM", fixed={"qkv_bias": True}, window="use_sliding_window",
+                    defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
+    "qwen3": Family("Qwen3ForCausalLM", ATTENTION_BIAS, {"qk_norm": "head"}, window="use_sliding_window",
+                    defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096}),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        ATTENTION_BIAS | {"n_kv_heads": None, "head_dim": None, "norm_eps": "layer_norm_eps", "rotary_dims": "rotary_pct",
+                          "rope_theta": "rotary_emb_base", "parallel_residual": "use_parallel_residual"},
+        {"norm": "layer", "gated_mlp": False, "mlp_bias": True}, any_width=False, by_head=True,
+        defaults={"hidden_act": "gelu", "attention_bias": True, "use_parallel_residual": True, "rotary_pct": 0.25},
+        modules={"model.embed_tokens": "gpt_neox.embed_in", "model.layers": "gpt_neox.layers", "lm_head": "embed_out",
+                 "model.norm": "gpt_neox.final_layer_norm", "self_attn.o_proj": "attention.dense",
+                 **{f"self_attn.{x}_proj": "attention.query_key_value" for x in "qkv"},
+                 "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}),
+    "phi3": Family("Phi3ForCausalLM", {"rotary_dims": "partial_rotary_factor"}, scaling=False, window="",
+                   modules={**{f"self_attn.{x}_proj": "self_attn.qkv_proj" for x in "qkv"},
+                            "mlp.gate_proj": "mlp.gate_up_proj", "mlp.up_proj": "mlp.gate_up_proj"}),
+    "olmo2": Family("Olmo2ForCausalLM", ATTENTION_BIAS, {"qk_norm": "all", "norm_after": True},
+                    modules={"input_layernorm": "post_attention_layernorm",
+                             "post_attention_layernorm": "post_feedforward_layernorm"}),
 }
+REFUSED = {  # model_type, or rope_type -> why model.py does not compute it
+    "gemma": "its embedding is scaled by a width that pruning changes",
+    "gemma2": "four norms a layer, soft caps on scores and logits, local layers",
+    "gemma3_text": "four norms a layer, local layers with another rotary base",
+    "gemma3": "four norms a layer, local layers with another rotary base, images",
+    "mixtral": "experts", "qwen3_moe": "experts", "olmo": "norms without weights",
+    "phi": "one norm for both blocks of a layer", "longrope": "frequencies that change with the length of a text",
+}
+STALE = {  # of a carried config: what another shape or class makes wrong
+    "_name_or_path", "transformers_version", "pretraining_tp", "layer_types", "max_window_layers", "use_sliding_window",
+    "sliding_window", "auto_map", "partial_rotary_factor", "original_max_position_embeddings",
+    *(name for family in FAMILIES.values() for name in (KEYS | family.keys).values() if name)}
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
     out_dir: FilePath  # folder to write; must not exist
-    from_hf: FilePath = ""  # Hugging Face folder to read: Llama, Mistral or Qwen2, in safetensors
+    from_hf: FilePath = ""  # Hugging Face folder to read, of one of FAMILIES, in safetensors
     to_hf: FilePath = ""  # model folder, step_* folder or a run's for its newest, to write as a Hugging Face folder
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights written; source: unchanged
     shard_gb: float = 5.0  # with to_hf: a file of weights holds at most so many GB
@@ -92,7 +136,7 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name.endswith("rotary_emb.inv_freq"):
+                    if name.endswith(BUFFERS):
                         left_out += 1
                         continue
                     code = file.get_slice(name).get_dtype()
@@ -103,14 +147,13 @@ def open_safetensors(paths: list[Path]) -> tuple[Loaders, torch.dtype]:
         except (SafetensorError, OSError) as error:
             raise no_safetensors(path, error) from None
     if left_out:
-        print(f"left out {left_out} rotary_emb.inv_freq buffers: they follow from the config")
+        print(f"left out {left_out} buffers (inv_freq, causal masks): they follow from the config")
     return loaders, functools.reduce(torch.promote_types, dtypes, torch.bool)  # bool gives way to any
 
 
-def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch.dtype, *, source: str,
+def write_weights(folder: Path, shapes: dict[str, torch.Size], loaders: Loaders, dtype: torch.dtype, *, source: str,
                   max_gb: float = math.inf) -> None:
-    """model.safetensors, or shards of at most max_gb and their index.  The loaders must be exactly the model's tensors."""
-    shapes = parameter_shapes(cfg)
+    """model.safetensors, or shards of at most max_gb and their index, of exactly the tensors of these shapes."""
     check_names(source, loaders.keys(), shapes.keys())
     nbytes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = [[]]
@@ -139,6 +182,54 @@ def write_weights(folder: Path, cfg: ModelConfig, loaders: Loaders, dtype: torch
                    {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": places})
 
 
+def their_name(name: str, family: Family) -> str:
+    """Of a tensor of ours: model.layers.3.self_attn.o_proj.weight -> gpt_neox.layers.3.attention.dense.weight."""
+    module, kind = name.rsplit(".", 1)
+    top, _, rest = module.partition(".layers.")
+    if not rest:
+        return f"{family.modules.get(module, module)}.{kind}"
+    i, part = rest.split(".", 1)
+    return f"{family.modules.get(f'{top}.layers', f'{top}.layers')}.{i}.{family.modules.get(part, part)}.{kind}"
+
+
+def split(read: Callable[[], Tensor], j: int, rows: list[int], heads: int | None, name: str) -> Tensor:
+    """The j-th of the matrices, or biases, that lie in one of theirs.  rows: of each; heads: see `fuse`."""
+    fused = read()
+    check(fused.shape[0] == sum(rows), f"{name} has {fused.shape[0]} rows, but the config calls for {sum(rows)}")
+    parts = fused.split(rows) if heads is None else [
+        part.flatten(0, 1) for part in fused.unflatten(0, (heads, len(rows), -1)).unbind(1)]
+    return parts[j].contiguous()
+
+
+def fuse(reads: list[Callable[[], Tensor]], rows: list[int], heads: int | None, name: str) -> Tensor:
+    """Several in one, one behind the other, or with `heads` the first head of each, then the second..."""
+    parts = [read() for read in reads]
+    found = [p.shape[0] for p in parts]
+    check(found == rows, f"what goes into {name} has {found} rows, but the config calls for {rows}")
+    return torch.cat(parts) if heads is None else torch.stack([p.unflatten(0, (heads, -1)) for p in parts], 1).flatten(0, 2)
+
+
+def translate(cfg: ModelConfig, family: Family, loaders: Loaders, source: str, *,
+              to_ours: bool) -> tuple[dict[str, torch.Size], Loaders]:
+    """Shapes of our tensors and what reads them, from what reads theirs; or the other way.  Raises UserError."""
+    shapes, theirs = parameter_shapes(cfg), {}  # name of each tensor of theirs -> names of ours that lie in it, in order
+    for name in shapes:
+        theirs.setdefault(their_name(name, family), []).append(name)
+    check_names(source, loaders.keys(), theirs.keys() if to_ours else shapes.keys())
+    found, heads = {}, cfg.n_heads if family.by_head else None
+    for name, ours in theirs.items():
+        rows, where = [shapes[n][0] for n in ours], f"{source}: {name}"
+        if len(ours) == 1:
+            found |= {ours[0]: loaders[name]} if to_ours else {name: loaders[ours[0]]}
+        elif to_ours:
+            found |= {n: functools.partial(split, loaders[name], j, rows, heads, where) for j, n in enumerate(ours)}
+        else:
+            found[name] = functools.partial(fuse, [loaders[n] for n in ours], rows, heads, where)
+    if not to_ours:
+        shapes = {name: torch.Size([sum(shapes[n][0] for n in ours), *shapes[ours[0]][1:]]) for name, ours in theirs.items()}
+    return shapes, found
+
+
 def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -154,63 +245,81 @@ def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 
 def config_from_hf(hf: dict, source: Path) -> ModelConfig:
     """The shape that a config.json describes.  Raises UserError on what our model does not compute."""
+    def why(value: object) -> str:
+        return f" ({REFUSED[value]})" if isinstance(value, str) and value in REFUSED else ""
+
     kind = hf.get("model_type")
     check(isinstance(kind, str) and kind in FAMILIES, f"{source}: model_type = {kind!r} is not one of "
-          f"{', '.join(FAMILIES)}; README.md, 'How to change it', says where another family goes")
-    family = FAMILIES[kind]
+          f"{', '.join(FAMILIES)}{why(kind)}; README.md, 'Model families', tells more")
+    family, keys = FAMILIES[kind], KEYS | FAMILIES[kind].keys
     hf = family.defaults | hf
+    missing = [keys[field] for field in REQUIRED if hf.get(keys[field]) is None]
+    check(not missing, f"{source}: no value for {', '.join(missing)}")
     # transformers 5 writes rope_parameters; 4 rope_theta and rope_scaling, and its older versions type for rope_type.
     # Where both are, rope_scaling counts, and nothing of the other.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     check(isinstance(rope, dict), f"{source}: the rotary parameters {rope!r} are not an object")
-    rope = {"rope_theta": hf.get("rope_theta") or 10000.0, "rope_type": rope.get("type", "default")} | rope
-    only = {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0}
-    for name, value in only.items():
-        got = (rope | hf).get(name)
-        check(got in (None, value), f"{source}: {name} = {got!r} is not supported, only {value!r}")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-              "max_position_embeddings", "rms_norm_eps")
-    missing = [name for name in needed if hf.get(name) is None]
-    check(not missing, f"{source}: no value for {', '.join(missing)}")
+    share = keys["rotary_dims"] or "partial_rotary_factor"
+    rope = {"rope_theta": hf.get(keys["rope_theta"]) or 10000.0, "rope_type": rope.get("type", "default"),
+            "partial_rotary_factor": hf.get(share, 1.0)} | rope
+    more = {"mlp_bias": "mlp_bias" in keys, "partial_rotary_factor": keys["rotary_dims"], "rope_type": family.scaling}
+    for name, value in (("quantization_config", None), ("mlp_bias", False), ("partial_rotary_factor", 1.0),
+                        ("rope_type", "default")):
+        got = (hf | rope).get(name)
+        allowed = more.get(name) or got in (None, value)
+        check(allowed, f"{source}: {name} = {got!r}{why(got)} is not supported, only {value!r}")
     # Within a sliding window, attention is causal attention: the context ends there.
     windowed = family.window is not None and (family.window == "" or hf.get(family.window))
-    qkv_bias, o_bias = family.biases[bool(hf.get("attention_bias")) and len(family.biases) > 1]
+    values = {field: hf[name] for field, name in keys.items() if name and hf.get(name) is not None} | family.fixed
     try:
-        return ModelConfig(
-            vocab_size=hf["vocab_size"], hidden_size=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
-            n_heads=hf["num_attention_heads"], n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            intermediate_size=hf["intermediate_size"], norm_eps=hf["rms_norm_eps"], rope_theta=rope["rope_theta"],
+        values = {"n_kv_heads": values["n_heads"], "head_dim": values["hidden_size"] // values["n_heads"]} | values
+        turned = int(values["head_dim"] * (1.0 if rope["partial_rotary_factor"] is None else rope["partial_rotary_factor"]))
+        return ModelConfig(**values | dict(
+            rope_theta=rope["rope_theta"], rotary_dims=None if turned == values["head_dim"] else turned,
             rope_scaling=None if rope["rope_type"] == "default" else {k: rope[k] for k in ROPE_KEYS if k in rope},
-            context_length=min(hf["max_position_embeddings"], (windowed and hf.get("sliding_window")) or math.inf),
-            tie_embeddings=bool(hf.get("tie_word_embeddings")), qkv_bias=qkv_bias, o_bias=o_bias,
-        )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+            context_length=min(values["context_length"], (windowed and hf.get("sliding_window")) or math.inf)))
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{source}: {error}") from None
 
 
-def config_to_hf(cfg: ModelConfig, carried: dict, dtype: torch.dtype) -> dict:
-    """A config.json for transformers 4 and 5: the carried one, with all that describes the model replaced."""
-    divides = cfg.hidden_size % cfg.n_heads == 0  # if not, transformers 5 refuses a Llama, whatever its head_dim
-    order = [name for name in (carried.get("model_type"), *FAMILIES) if isinstance(name, str) and name in FAMILIES]
-    kind = next((name for name in order if (cfg.qkv_bias, cfg.o_bias) in FAMILIES[name].biases
-                 and (divides or FAMILIES[name].any_width)), None)
-    check(kind is not None, f"no Hugging Face class has qkv_bias = {cfg.qkv_bias}, o_bias = {cfg.o_bias} and hidden_size / "
-          f"n_heads = {cfg.hidden_size} / {cfg.n_heads}")
-    stale = ("_name_or_path", "transformers_version", "pretraining_tp", "layer_types", "max_window_layers",
-             "use_sliding_window", "sliding_window", "partial_rotary_factor", "attention_bias", "mlp_bias", "auto_map")
-    rope, name = cfg.rope_scaling or {"rope_type": "default"}, str(dtype).removeprefix("torch.")
-    result = {k: v for k, v in carried.items() if k not in stale} | {
-        "model_type": kind, "architectures": [FAMILIES[kind].architecture], "hidden_act": "silu",
-        "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size, "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim,
-        "intermediate_size": cfg.intermediate_size, "rms_norm_eps": cfg.norm_eps,
-        "max_position_embeddings": cfg.context_length, "tie_word_embeddings": cfg.tie_embeddings,
-        "dtype": name, "rope_parameters": rope | {"rope_theta": float(cfg.rope_theta)},  # transformers 5
-        "torch_dtype": name, "rope_theta": float(cfg.rope_theta), "rope_scaling": cfg.rope_scaling,  # transformers 4
-    } | {name: getattr(cfg, value) if isinstance(value, str) else value for name, value in FAMILIES[kind].written.items()}
-    assert config_from_hf(result, Path("config.json")) == cfg, "config.json says something else than model_config.json"
+def as_family(cfg: ModelConfig, kind: str, carried: dict, dtype: torch.dtype) -> dict:
+    """A config.json of this family for transformers 4 and 5: the carried one, with all that describes the model replaced."""
+    family, keys = FAMILIES[kind], KEYS | FAMILIES[kind].keys
+    rope, theta = cfg.rope_scaling or {"rope_type": "default"}, float(cfg.rope_theta)
+    name = str(dtype).removeprefix("torch.")
+    result = {k: v for k, v in carried.items() if k not in STALE} | {
+        "model_type": kind, "architectures": [family.architecture],
+        **{key: getattr(cfg, field) for field, key in keys.items() if key},
+        "dtype": name, "rope_parameters": rope | {"rope_theta": theta},  # transformers 5
+        "torch_dtype": name, keys["rope_theta"]: theta, "rope_scaling": cfg.rope_scaling,  # transformers 4
+    } | ({} if family.window is None else {"sliding_window": None})
+    if keys["rotary_dims"]:
+        share = 1.0 if cfg.rotary_dims is None else cfg.rotary_dims / cfg.head_dim
+        if int(cfg.head_dim * share) != (cfg.rotary_dims or cfg.head_dim):  # rounded down
+            share = math.nextafter(share, 1)
+        result[keys["rotary_dims"]] = result["rope_parameters"]["partial_rotary_factor"] = share
     return result
+
+
+def config_to_hf(cfg: ModelConfig, carried: dict, dtype: torch.dtype) -> dict:
+    """The config.json of the carried one's family, or the first that can hold the model: its config reads as the model's."""
+    lacking, own = {}, str(carried.get("model_type"))
+    for kind in sorted(FAMILIES, key=lambda kind: kind != own):
+        result = as_family(cfg, kind, carried, dtype)
+        try:
+            back = config_from_hf(result, Path("config.json"))
+        except UserError as error:
+            lacking[kind] = [str(error)]
+            continue
+        lacking[kind] = [f"{f.name} = {theirs}, not {ours}" for f in dataclasses.fields(cfg)
+                         if (theirs := getattr(back, f.name)) != (ours := getattr(cfg, f.name))]
+        if not FAMILIES[kind].any_width and cfg.hidden_size % cfg.n_heads:
+            lacking[kind].append(f"no hidden_size = {cfg.hidden_size} that does not divide by n_heads = {cfg.n_heads}")
+        if not lacking[kind]:
+            return result
+    nearest = min(lacking, key=lambda kind: len(lacking[kind]))
+    raise UserError(f"no class of transformers can hold this model; the nearest, {FAMILIES[nearest].architecture}, has "
+                    + "; ".join(lacking[nearest]))
 
 
 # ---- the two directions
@@ -237,12 +346,15 @@ def from_hf(settings: ConvertSettings, folder: Path) -> None:
     missing = sorted(set(files) - {path.name for path in source.iterdir()})
     check(not missing, f"{source} lacks the shards {', '.join(missing)} that {index.name} names")
     loaders, dtype = open_safetensors([source / file for file in files])
-    if cfg.tie_embeddings and "lm_head.weight" in loaders:
-        head = loaders.pop("lm_head.weight")
-        same = torch.equal(head(), loaders.setdefault("model.embed_tokens.weight", head)())  # either name will do
-        check(same, f"{source}: tie_word_embeddings is true, but lm_head.weight is not the embedding; if the file is "
+    family = FAMILIES[hf["model_type"]]
+    head_name, embedding = (their_name(name, family) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if cfg.tie_embeddings and head_name in loaders:
+        head = loaders.pop(head_name)
+        same = torch.equal(head(), loaders.setdefault(embedding, head)())  # either name will do
+        check(same, f"{source}: tie_word_embeddings is true, but {head_name} is not the embedding; if the file is "
               "right, set it to false in config.json")
-    write_weights(folder, cfg, loaders, getattr(torch, settings.dtype, dtype), source=settings.from_hf)
+    shapes, loaders = translate(cfg, family, loaders, settings.from_hf, to_ours=True)
+    write_weights(folder, shapes, loaders, getattr(torch, settings.dtype, dtype), source=settings.from_hf)
     (folder / "model_config.json").write_text(cfg.to_json())
     code = code_files(source)
     if code:
@@ -272,13 +384,15 @@ def to_hf(settings: ConvertSettings, folder: Path) -> None:
           "run compact.py first")
     loaders, dtype = open_safetensors([source / "model.safetensors"])
     dtype = getattr(torch, settings.dtype, dtype)  # "source" is no name of torch's
-    with verified(source):
-        write_weights(folder, cfg, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
-    copy_files(source / "assets", folder, ("*",))
-    path, unknown = folder / "config.json", {"bos_token_id": None, "eos_token_id": None}  # or transformers takes 1 and 2
-    carried = read_json(path) if path.is_file() else unknown
+    carried, path = source / "assets" / "config.json", folder / "config.json"
+    unknown = {f"{kind}_token_id": None for kind in ("bos", "eos", "pad")}  # or transformers takes some numbers
+    carried = read_json(carried) if carried.is_file() else unknown
     check(isinstance(carried, dict), f"{source / 'assets' / path.name} is not a JSON object; mend or remove it")
     config = config_to_hf(dataclasses.replace(cfg, context_length=trained_context(settings, cfg)), carried, dtype)
+    with verified(source):
+        shapes, loaders = translate(cfg, FAMILIES[config["model_type"]], loaders, settings.to_hf, to_ours=False)
+        write_weights(folder, shapes, loaders, dtype, source=settings.to_hf, max_gb=settings.shard_gb)
+    copy_files(source / "assets", folder, ("*",))
     try:
         check(holds_tokenizer(source / "assets"), f"{source / 'assets'} holds none")
         tokenizer = load_tokenizer(source / "assets")

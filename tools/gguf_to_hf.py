@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convert import Loaders, config_from_hf, config_to_hf, write_json, write_weights
-from model import rope_frequencies
+from model import parameter_shapes, rope_frequencies
 from run.hf_tokenizer import AS_IS
 from run.settings import FilePath, UserError, check, require, run_stage
 from run.weights import new_folder, one_thread
@@ -155,7 +155,7 @@ def main(settings: GgufSettings) -> None:
         meta, loaders = open_gguf(path)
         hf = config_of(meta, loaders, path)
         cfg = config_from_hf(hf, path)
-        write_weights(folder, cfg, loaders, torch.float32, source=settings.gguf)
+        write_weights(folder, parameter_shapes(cfg), loaders, torch.float32, source=settings.gguf)
         write_json(folder / "config.json", config_to_hf(cfg, hf, torch.float32))
         try:
             why_not = tokenizer_from_gguf(meta, folder)
