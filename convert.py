@@ -303,23 +303,24 @@ def as_family(cfg: ModelConfig, kind: str, carried: dict, dtype: torch.dtype) ->
 
 def config_to_hf(cfg: ModelConfig, carried: dict, dtype: torch.dtype) -> dict:
     """The config.json of the carried one's family, or the first that can hold the model: its config reads as the model's."""
-    lacking, own = {}, str(carried.get("model_type"))
+    other, own = {}, str(carried.get("model_type"))  # family -> in how many fields that no config sets, and what is other
     for kind in sorted(FAMILIES, key=lambda kind: kind != own):
-        result = as_family(cfg, kind, carried, dtype)
+        result, family = as_family(cfg, kind, carried, dtype), FAMILIES[kind]
+        found = [f"hidden_size = {cfg.hidden_size} must divide by n_heads = {cfg.n_heads}"
+                 ] * (not family.any_width and cfg.hidden_size % cfg.n_heads != 0)
         try:
             back = config_from_hf(result, Path("config.json"))
+            found += [f"{f.name} = {theirs}, not {ours}" for f in dataclasses.fields(cfg)
+                      if (theirs := getattr(back, f.name)) != (ours := getattr(cfg, f.name))]
         except UserError as error:
-            lacking[kind] = [str(error)]
-            continue
-        lacking[kind] = [f"{f.name} = {theirs}, not {ours}" for f in dataclasses.fields(cfg)
-                         if (theirs := getattr(back, f.name)) != (ours := getattr(cfg, f.name))]
-        if not FAMILIES[kind].any_width and cfg.hidden_size % cfg.n_heads:
-            lacking[kind].append(f"no hidden_size = {cfg.hidden_size} that does not divide by n_heads = {cfg.n_heads}")
-        if not lacking[kind]:
+            found.append(str(error))
+        if not found:
             return result
-    nearest = min(lacking, key=lambda kind: len(lacking[kind]))
-    raise UserError(f"no class of transformers can hold this model; the nearest, {FAMILIES[nearest].architecture}, has "
-                    + "; ".join(lacking[nearest]))
+        other[kind] = sum(getattr(cfg, f.name) != family.fixed.get(f.name, f.default) for f in dataclasses.fields(cfg)
+                          if f.name not in KEYS | family.keys), "; ".join(found)
+    nearest = min(other, key=lambda kind: other[kind][0])
+    raise UserError("no class of transformers can hold this model; the nearest is "
+                    f"{FAMILIES[nearest].architecture}: {other[nearest][1]}")
 
 
 # ---- the two directions

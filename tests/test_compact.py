@@ -29,11 +29,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 16}
 
 
+FAMILIES = {name: {k: v for k, v in shape.items() if "heads" not in k and k not in ("tie_embeddings", "head_dim")}
+            for name, shape in SHAPES.items()} | {"biased": dict(qkv_bias=True, o_bias=True)}
+LONE = {"all at once": FAMILIES.pop("all at once"), "a bias": dict(o_bias=True)}  # no Hugging Face class is such
+
+
 @st.composite
-def cases(draw, biases=((False, False), (True, False), (True, True))):
+def cases(draw, families=FAMILIES):
     """(source shape, masks, target shape): masks of a random subset of sets, soft where a unit is kept."""
+    family = draw(st.sampled_from(sorted(families)))
     a = {"d": draw(st.integers(6, 24)), "L": draw(st.integers(1, 4)), "K": draw(st.integers(1, 3)),
-         "G": draw(st.integers(1, 3)), "f": draw(st.integers(2, 20))}
+         "G": 1 if family == "gpt_neox" else draw(st.integers(1, 3)), "f": draw(st.integers(2, 20))}
     a["H"] = a["K"] * a["G"]
     gqa = a["K"] != a["H"]
     sets = draw(st.sets(st.sampled_from([m for m in MASKS if m not in (("head",) if gqa else ("kv_head", "query_head"))])))
@@ -47,14 +53,18 @@ def cases(draw, biases=((False, False), (True, False), (True, True))):
     if "layer" not in masks and {"head_layer", "mlp"} <= masks.keys():
         b["L"] = int(((masks["head_layer"] + masks["mlp"]) > 0).sum())  # both blocks closed: the layer goes
     b["H"] = b["K"] * b["G"] if gqa else b["H"]
-    qkv_bias, o_bias = draw(st.sampled_from(biases))
-    if qkv_bias and o_bias:  # transformers' Llama wants a hidden size that divides; the others don't care
+    if family == "biased":  # transformers' Llama wants a hidden size that divides; the others don't care
         assume(b["d"] % b["H"] == 0)
+    fields, h = families[family], 2 * draw(st.integers(1, 4))
+    fields = fields | ({"rotary_dims": None if h == 2 else 2} if "rotary_dims" in fields else {})
+    if family == "gpt_neox" and b["d"] % (2 * b["H"]) == 0:  # or no class holds it
+        h = b["d"] // b["H"]
+        fields["rotary_dims"] = None if h == 2 else 2
     cfg = ModelConfig(
         vocab_size=draw(st.integers(3, 40)), hidden_size=a["d"], n_layers=a["L"], n_heads=a["H"], n_kv_heads=a["K"],
-        head_dim=2 * draw(st.integers(1, 4)), intermediate_size=a["f"], context_length=32, qkv_bias=qkv_bias, o_bias=o_bias,
-        tie_embeddings=draw(st.booleans()), rope_theta=draw(st.sampled_from([1e4, 5e5])), norm_eps=1e-5,
-        rope_scaling=draw(st.sampled_from([None, None, {"rope_type": "linear", "factor": 2.0}, LLAMA3])))
+        head_dim=h, intermediate_size=a["f"], context_length=32, tie_embeddings=draw(st.booleans()), norm_eps=1e-5,
+        rope_theta=draw(st.sampled_from([1e4, 5e5])), rope_scaling=None if family == "phi3" else draw(st.sampled_from(
+            [None, None, {"rope_type": "linear", "factor": 2.0}, LLAMA3])), **fields)
     target = dataclasses.replace(cfg, hidden_size=b["d"], n_layers=b["L"], n_heads=b["H"],
                                  n_kv_heads=b["K"] if gqa else b["H"], intermediate_size=b["f"])
     return cfg, masks, target
@@ -87,17 +97,21 @@ def test_masked_compacted_exported_and_imported_logits_agree(case, seed):
         (folder / "compacted").mkdir()
         write_model(folder / "compacted", weights, shape, [])
         assert torch.equal(logits(folder / "compacted", tokens), dense(tokens))
+        if cfg.norm == "layer" and (shape.head_dim * shape.n_heads != shape.hidden_size):
+            with pytest.raises(UserError, match=r"nearest is GPTNeoXForCausalLM: .*(head_dim|hidden_size)"):
+                convert.main(convert.ConvertSettings(to_hf=str(folder / "compacted"), out_dir=str(folder / "hf")))
+            return
         convert.main(convert.ConvertSettings(to_hf=str(folder / "compacted"), out_dir=str(folder / "hf")))
         convert.main(convert.ConvertSettings(from_hf=str(folder / "hf"), out_dir=str(folder / "back")))
         assert read_model_config(folder / "back", ModelConfig) == shape
         close(logits(folder / "back", tokens), masked)
 
 
-@given(case=cases(biases=((False, True),)), seed=st.integers(0, 2**31))
-@settings(EXAMPLES, max_examples=40)
+@given(case=cases(LONE), seed=st.integers(0, 2**31))
+@settings(EXAMPLES, max_examples=60)
 @torch.no_grad()
-def test_a_lone_output_bias_is_folded_too(case, seed):
-    """No Hugging Face class has one, so there is no export."""
+def test_any_mixture_of_fields_is_folded(case, seed):
+    """No Hugging Face class has these, so there is no export."""
     cfg, masks, target = case
     model, tokens = random_model(cfg, seed), random_tokens(cfg, T=12, seed=seed)
     weights, shape = compact(dict(model.named_parameters()), cfg, masks)
@@ -107,25 +121,36 @@ def test_a_lone_output_bias_is_folded_too(case, seed):
     close(dense(tokens), model(tokens, masks=masks))
 
 
-MIXED = {  # what transformers should load as: shape and target after compaction
+MIXED = {  # what transformers should load as: shape, target after compaction, mask sets if not those of the target
     "llama": (dict(n_kv_heads=4), dict(hidden_size=24, n_layers=3, n_heads=2, n_kv_heads=2, intermediate_size=30)),
     "grouped": (dict(n_heads=6, n_kv_heads=3), dict(hidden_size=20, n_layers=2, n_heads=2, n_kv_heads=1)),
     "tied": (dict(tie_embeddings=True), dict(hidden_size=20, intermediate_size=31)),
-    "biased": (dict(qkv_bias=True, o_bias=True), dict(hidden_size=20, n_layers=1, n_heads=2, n_kv_heads=2)),
+    "biased": (dict(qkv_bias=True, o_bias=True, mlp_bias=True), dict(hidden_size=20, n_layers=1, n_heads=2, n_kv_heads=2)),
     "qwen2": (dict(qkv_bias=True, rope_scaling=LLAMA3), dict(n_layers=3, n_heads=2, n_kv_heads=1)),
     "uneven": (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), dict(hidden_size=21, n_heads=2, n_kv_heads=1)),
+    "qwen3": (SHAPES["qwen3"], dict(hidden_size=21, n_layers=3, n_heads=2, n_kv_heads=1, intermediate_size=30)),
+    "gpt_neox": (SHAPES["gpt_neox"], dict(hidden_size=24, n_layers=3, n_heads=3, n_kv_heads=3, intermediate_size=30)),
+    "one by one": (SHAPES["gpt_neox"] | dict(parallel_residual=False), dict(hidden_size=16, n_heads=2, n_kv_heads=2)),
+    "phi3": (SHAPES["phi3"], dict(hidden_size=21, n_layers=3, n_heads=2, n_kv_heads=2, intermediate_size=30)),
+    "olmo2": (SHAPES["olmo2"], dict(hidden_size=21, n_layers=3, n_heads=2, n_kv_heads=1, intermediate_size=30)),
+    "olmo2 of no groups": (SHAPES["olmo2"] | dict(n_kv_heads=4), dict(hidden_size=24, n_heads=3, n_kv_heads=3)),
 }
+BLOCKS = ("llama", "qwen2", "qwen3", "gpt_neox", "phi3", "olmo2")  # closed one by one too: a layer is half empty
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name, blocks", [*((name, False) for name in MIXED), *((name, True) for name in BLOCKS)])
 @torch.no_grad()
-def test_transformers_gives_the_masked_logits(name, tmp_path):
+def test_transformers_gives_the_masked_logits(name, blocks, tmp_path):
     from transformers import AutoModelForCausalLM
 
     changes, smaller = MIXED[name]
     cfg = tiny_config(**changes)
     target, generator = dataclasses.replace(cfg, **smaller), torch.Generator().manual_seed(0)
     masks = {m: soft_mask(shape, kept, generator) for m, (shape, kept) in mask_sets(cfg, target).items()}
+    if blocks:  # layer 1 loses both, layer 2 attention, layer 3 the MLP
+        masks.pop("layer", None)
+        masks |= {"head_layer": torch.tensor([1.0, 0, 0, 0.7]), "mlp": torch.tensor([0.6, 0, 1.0, 0])}
+        target = dataclasses.replace(target, n_layers=3)
     model, tokens = random_model(cfg), random_tokens(cfg, T=20)
     weights, shape = compact(dict(model.named_parameters()), cfg, masks)
     assert shape == target
@@ -134,6 +159,10 @@ def test_transformers_gives_the_masked_logits(name, tmp_path):
     convert.main(convert.ConvertSettings(to_hf=str(tmp_path / "ours"), out_dir=str(tmp_path / "hf")))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     close(theirs(tokens).logits, model(tokens, masks=masks), 1e-4)
+    convert.main(convert.ConvertSettings(from_hf=str(tmp_path / "hf"), out_dir=str(tmp_path / "again")))
+    assert read_model_config(tmp_path / "again", ModelConfig) == shape
+    first, last = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "again"))
+    assert first.keys() == last.keys() and all(torch.equal(first[n], last[n]) for n in first)
 
 
 @pytest.mark.parametrize("family", SHAPES)

@@ -11,6 +11,7 @@ import torch
 from conftest import pretrain_settings, prune_settings, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
                           LlamaForCausalLM, MistralConfig, MistralForCausalLM, Olmo2Config, Olmo2ForCausalLM, Phi3Config,
@@ -408,32 +409,57 @@ def test_verify_holds_the_tokenizers_against_each_other(tmp_path, monkeypatch, c
     assert "Qwen2Tokenizer: 'def f(x)" in capsys.readouterr().err
 
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+           "gpt_neox": GPTNeoXConfig, "phi3": Phi3Config, "olmo2": Olmo2Config}
 SIZES = {"num_key_value_heads": [1, 2, 8, None], "head_dim": [8, None], "rms_norm_eps": [1e-5, 1e-6],
+         "layer_norm_eps": [1e-5, 1e-6], "hidden_act": ["silu", "gelu", "gelu_new", "mish"], "mlp_bias": [True, False],
          "tie_word_embeddings": [True, False], "sliding_window": [16, None], "use_sliding_window": [True, False],
-         "attention_bias": [True, False], "rope_theta": [5e5, 1e4], "max_window_layers": [0],
-         "rope_parameters": [{"rope_type": "default", "rope_theta": 7e4}, {"rope_type": "linear", "factor": 2.0}, None],
+         "attention_bias": [True, False], "use_parallel_residual": [True, False], "rope_theta": [5e5, 1e4],
+         "rotary_emb_base": [3e4], "rotary_pct": [0.5, 1.0, 0.25], "partial_rotary_factor": [0.5, 1.0],
+         "max_window_layers": [0],
+         "rope_parameters": [{"rope_type": "default", "rope_theta": 7e4}, {"rope_type": "linear", "factor": 2.0}, None,
+                             {"rope_type": "default", "partial_rotary_factor": 0.75}],
          "rope_scaling": [{"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 3.0}, None,
                           {**LLAMA3, "rope_theta": 3e4}]}
 
 
+@pytest.mark.parametrize("family", CONFIGS)
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(family=st.sampled_from(list(CONFIGS)), values=st.fixed_dictionaries(
-    {}, optional={name: st.sampled_from(choices) for name, choices in SIZES.items()}))
+@given(values=st.fixed_dictionaries({}, optional={name: st.sampled_from(choices) for name, choices in SIZES.items()}))
 def test_a_config_means_what_transformers_reads_in_it(family, values):
     """With names that are there, null, or left to the family's default; two sources of one fact included."""
-    written = {"model_type": family, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 32,
-               "intermediate_size": 48, "max_position_embeddings": 64, "rms_norm_eps": 1e-6} | values
+    written = {"model_type": family, "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 2,
+               "num_attention_heads": 16, "intermediate_size": 48, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+               "layer_norm_eps": 1e-6} | values
     try:
         ours = convert.config_from_hf(written, Path("config.json"))
-    except UserError:
+    except UserError as error:
+        assert "\n" not in str(error)
         return
-    theirs = CONFIGS[family].from_dict(json.loads(json.dumps(written)))
-    rope = theirs.rope_parameters
-    assert (ours.n_heads, ours.n_kv_heads, ours.norm_eps, ours.tie_embeddings) == (
-        theirs.num_attention_heads, theirs.num_key_value_heads, theirs.rms_norm_eps, theirs.tie_word_embeddings)
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    try:
+        theirs = CONFIGS[family].from_dict(json.loads(json.dumps(written)))
+    except StrictDataclassFieldValidationError:  # a null that it does not take, where ours goes by the heads
+        assert None in (values.get("head_dim", 0), values.get("num_key_value_heads", 0))
+        return
+    rope, neox, width = theirs.rope_parameters, family == "gpt_neox", theirs.hidden_size // theirs.num_attention_heads
+    assert ours.n_heads == theirs.num_attention_heads and ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.n_kv_heads == (ours.n_heads if neox else theirs.num_key_value_heads)
+    assert ours.norm_eps == (theirs.layer_norm_eps if neox else theirs.rms_norm_eps)
+    assert ours.head_dim == (width if neox else getattr(theirs, "head_dim", None) or width)
     assert ours.rope_theta == rope["rope_theta"]
+    assert (ours.rotary_dims or ours.head_dim) == int(ours.head_dim * (rope.get("partial_rotary_factor") or 1))
     assert (ours.rope_scaling or {"rope_type": "default"}) == {k: v for k, v in rope.items() if k in convert.ROPE_KEYS}
-    assert ours.context_length == min(64, getattr(theirs, "sliding_window", None) or 64)
-    assert ours.o_bias == bool(getattr(theirs, "attention_bias", False) and family == "llama")
+    window = theirs.sliding_window if convert.FAMILIES[family].window is not None else None
+    assert ours.context_length == min(64, window or 64)
+    assert ours.activation == theirs.hidden_act
+    biased = bool(theirs.attention_bias) if family in ("llama", "qwen3", "gpt_neox", "olmo2") else False
+    assert (ours.o_bias, ours.qkv_bias) == (biased, biased or family == "qwen2")
+    assert ours.mlp_bias == (neox or (family == "llama" and theirs.mlp_bias))
+    assert ours.parallel_residual == (neox and theirs.use_parallel_residual)
+    try:
+        back = convert.config_to_hf(ours, written, torch.float32)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert convert.config_from_hf(back, Path("config.json")) == ours
+    assert back["model_type"] == family or (family, back["model_type"]) == ("llama", "mistral")
