@@ -72,15 +72,7 @@ class ModelConfig:
         if self.norm_after and self.parallel_residual:
             raise ValueError("norm_after = True does not go with parallel_residual = True")
 
-    @classmethod
-    def from_json(cls, text: str) -> "ModelConfig":
-        """Read what `to_json` wrote.  Raises ValueError on a missing, unknown or unsuitable field."""
-        return fields.from_json(cls, text)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
-        """The config of these fields.  Raises ValueError on a missing, unknown or unsuitable field."""
-        return fields.from_dict(cls, values)
+    from_json, from_dict = classmethod(fields.from_json), classmethod(fields.from_dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -18,6 +18,10 @@ LLAMA2_7B = ModelConfig(vocab_size=32000, hidden_size=4096, n_layers=32, n_heads
                         intermediate_size=11008)
 SMOLLM2 = ModelConfig(vocab_size=49152, hidden_size=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64,
                       intermediate_size=1536, context_length=8192, tie_embeddings=True)
+PYTHIA_410M = ModelConfig(vocab_size=50304, hidden_size=1024, n_layers=24, n_heads=16, n_kv_heads=16, head_dim=64,
+                          intermediate_size=4096, context_length=2048, norm="layer", gated_mlp=False, activation="gelu",
+                          qkv_bias=True, o_bias=True, mlp_bias=True, parallel_residual=True, rotary_dims=16)
+SOURCES = {"7b_to": LLAMA2_7B, "smollm2_": SMOLLM2, "pythia_": PYTHIA_410M}  # by how a config's name begins
 STAGES = {"prune.py": prune.PruneSettings, "pretrain.py": pretrain.PretrainSettings}
 
 
@@ -35,8 +39,9 @@ def world(path: Path) -> int:
 
 def source_of(path: Path) -> ModelConfig:
     """What a config's run starts from: a source as released, or the target of the config that prunes to it."""
-    if "7b_to" in path.stem or "smollm2" in path.stem:
-        return LLAMA2_7B if "7b_to" in path.stem else SMOLLM2
+    for start, source in SOURCES.items():
+        if path.stem.startswith(start):
+            return source
     if path.stem.startswith("pretrain_"):
         return prune.target_config(parse(path.with_name(path.name.replace("pretrain_", "7b_to_"))), LLAMA2_7B)
     return ModelConfig(**parse(path.with_name("demo_source.py")).shape)
@@ -70,10 +75,10 @@ def test_config_fits_its_gpus(path):
 
 def test_sources_reach_their_targets():
     for path in CONFIGS:
-        if "7b_to" in path.stem or "smollm2" in path.stem:
+        if path.stem.startswith((*SOURCES,)):
             source = source_of(path)
             sets = mask_sets(source, prune.target_config(parse(path), source))
-            heads = "head" if "7b_to" in path.stem else "kv_head"
+            heads = "kv_head" if source == SMOLLM2 else "head"
             assert {"hidden", "intermediate", heads} <= sets.keys()
 
 
@@ -94,3 +99,12 @@ def test_published_recipe(name, shape, n_params):
     assert cfg.reference_loss == more.reference_loss  # the released script of 1.3B took the 2.7B model's
     assert cfg.excess == more.excess == "signed"
     assert list(cfg.domain_weights) == ["cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4-rp"]
+
+
+def test_pythia_is_counted_as_released():
+    """Sheared-Pythia-160m has Pythia-160m's shape; both models' parameters as their pages tell."""
+    cfg = parse(Path("configs/pythia_410m_to_160m.py"))
+    target = prune.target_config(cfg, PYTHIA_410M)
+    assert (target.hidden_size, target.n_layers, target.n_heads, target.intermediate_size) == (768, 12, 12, 3072)
+    assert (PYTHIA_410M.n_params(), target.n_params()) == (405_334_016, 162_322_944)
+    assert cfg.max_steps * cfg.global_batch_size * cfg.seq_len == pytest.approx(0.4e9, rel=0.05)

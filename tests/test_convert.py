@@ -119,12 +119,15 @@ def test_hugging_face_to_ours_and_back(family, tmp_path):
     ("linear", dict(rope_theta=5e4, rope_scaling={"type": "linear", "factor": 4.0})),
     ("llama3", dict(rope_theta=5e5, rope_scaling=LLAMA3)),
     ("llama", dict(rope_scaling=None, num_key_value_heads=None)),  # of transformers 4.30
+    ("gpt_neox", dict(rotary_pct=0.5, rotary_emb_base=20000)),  # as Pythia's
+    ("phi4", dict(partial_rotary_factor=0.84, rope_scaling=None, rope_theta=10000.0)),
 ])
 def test_configs_of_transformers_4(family, changes, tmp_path):
     model = their_model(family)
     model.save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    del config["rope_parameters"], config["head_dim"]
+    del config["rope_parameters"]
+    config.pop("head_dim", None)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | changes))
     run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours")
     with torch.no_grad():
@@ -190,6 +193,35 @@ def test_shards_dtypes_and_left_out_buffers(tmp_path, capsys):
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(half[name], ours[name].half()) for name in ours)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_buffers_of_pythia_are_left_out_and_a_wrong_fused_one_is_refused(tmp_path, capsys):
+    their_model("gpt_neox").save_pretrained(tmp_path / "hf")
+    put(tmp_path / "hf", "gpt_neox.layers.0.attention.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    put(tmp_path / "hf", "gpt_neox.layers.0.attention.masked_bias", torch.tensor(-1e9))
+    run(from_hf=tmp_path / "hf", out_dir=tmp_path / "ours", verify=True)
+    assert "left out 2 buffers" in capsys.readouterr().out
+    put(tmp_path / "hf", "gpt_neox.layers.1.attention.query_key_value.weight", torch.ones(140, 48))
+    with pytest.raises(UserError, match=r"hf: gpt_neox.layers.1.attention.query_key_value.weight has 140 rows, .* for 144"):
+        run(from_hf=tmp_path / "hf", out_dir=tmp_path / "again")
+    put(tmp_path / "ours", "model.layers.1.self_attn.k_proj.weight", torch.ones(47, 48))
+    with pytest.raises(UserError, match=r"query_key_value.weight has \[48, 47, 48\] rows, .* for \[48, 48, 48\]"):
+        run(to_hf=tmp_path / "ours", out_dir=tmp_path / "again")
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(head_dim=10, norm="layer", gated_mlp=False, mlp_bias=True), "nearest is GPTNeoXForCausalLM: head_dim = 8, not 10"),
+    (dict(qk_norm="all", norm_after=True, mlp_bias=True), "nearest is Olmo2ForCausalLM: mlp_bias = False, not True"),
+    (dict(o_bias=True), "nearest is LlamaForCausalLM: qkv_bias = True, not False"),
+])
+def test_what_no_class_holds_is_refused(changes, message, tmp_path):
+    cfg = ModelConfig(**(dict(vocab_size=131, hidden_size=32, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=8,
+                              intermediate_size=56) | changes))
+    (tmp_path / "ours").mkdir()
+    write_model(tmp_path / "ours", dict(Transformer(cfg).named_parameters()), cfg, [])
+    with pytest.raises(UserError, match=message) as error:
+        run(to_hf=tmp_path / "ours", out_dir=tmp_path / "hf")
+    assert "\n" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["ours"]
 
 
 def test_mistral_context_ends_at_its_window(tmp_path):
