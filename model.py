@@ -204,8 +204,8 @@ def rope_tables(cfg: ModelConfig, seq_len: int, device: torch.device) -> tuple[T
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as in Hugging Face Llama, turned in fp32.  x [B, T, heads, h]; cos, sin [T, r/2]."""
     cos, sin, r = cos[:, None], sin[:, None], 2 * cos.shape[-1]
-    a, b = x[..., :r].chunk(2, dim=-1)
-    rest = (x[..., r:],) if r < x.shape[-1] else ()
+    turned, rest = (x, ()) if r == x.shape[-1] else (x[..., :r], (x[..., r:],))
+    a, b = turned.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)
 
 

@@ -9,20 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (SHAPES, TARGET, prune_settings, random_model, random_tokens, run_script, soft_mask, tiny_config,
-                      write_model)
+from conftest import (SHAPES, TARGET, TINY, pretrain_settings, prune_settings, random_model, random_tokens, run_script,
+                      soft_mask, tiny_config, write_model)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import compact as compact_stage
 import convert
+import pretrain
 import prune
 from compact import compact
 from l0 import DIMS, L0, MASKS, dims, mask_sets
 from model import ModelConfig, Transformer
 from run.settings import UserError
 from run.weights import load_weights, read_model_config
+from tools import importance
 
 EXAMPLES = settings(max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -279,6 +281,27 @@ def test_stage_removes_the_layers_that_lose_both_blocks(data_dir, source, tmp_pa
     with torch.no_grad():
         masked = load_weights(Transformer(tiny_config()), checkpoint)(random_tokens(tiny_config()), masks=l0.deterministic())
     close(logits(tmp_path / "out", random_tokens(tiny_config())), masked)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "phi3", "olmo2"])
+def test_a_family_from_nothing_to_transformers(family, data_dir, tmp_path, capsys):
+    """Fresh weights of a shape, a score for its units, masks, the cut and its check, and an export that is compared."""
+    shape = TINY | SHAPES[family]
+    pretrain.main(pretrain_settings(data_dir, tmp_path / "fresh", "", init_from="", shape=shape, max_steps=2))
+    source = tmp_path / "fresh" / "step_0000002"
+    shutil.rmtree(source / "assets")  # its tokenizer is none
+    (source / "manifest.json").unlink()
+    target = TARGET | dict(target_hidden_size=16, target_n_heads=2, target_n_kv_heads=2)  # 8 a head, as GPT-NeoX needs
+    cfg = prune_settings(data_dir, tmp_path / "run", source, max_steps=2, **target)
+    prune.main(cfg)
+    compact_stage.main(compact_stage.CompactSettings(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "cut")))
+    shutil.rmtree(tmp_path / "cut" / "assets")
+    convert.main(convert.ConvertSettings(to_hf=str(tmp_path / "cut"), out_dir=str(tmp_path / "hf"), verify=True))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == family
+    assert "verify: largest difference" in capsys.readouterr().out
+    scores = importance.magnitude_scores(load_weights(Transformer(ModelConfig(**shape)), source), mask_sets(
+        *prune.shapes(cfg)[:2]))
+    assert all(s.isfinite().all() for s in scores.values())
 
 
 def damaged(pruned: Path, tmp_path: Path, how: str) -> Path:

@@ -253,9 +253,10 @@ def test_gradient_of_the_head_in_bf16_is_as_near_as_one_rounding(monkeypatch):
     assert (found - want).norm() < 0.0025 * want.norm()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3", "olmo2"])
 @torch.no_grad()
-def test_bf16_autocast_stays_close():
-    cfg = tiny_config(n_layers=2)
+def test_bf16_autocast_stays_close(family):
+    cfg = tiny_config(**SHAPES[family] | dict(n_layers=2))
     model, tokens, masks = random_model(cfg), random_tokens(cfg, B=1, T=9), random_masks(cfg)
     exact = model(tokens[:, :-1], tokens[:, 1:], masks)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -127,10 +127,11 @@ def magnitude_scores(model: Transformer, sets: dict) -> dict[str, Tensor]:
     squares["head"] = heads.unflatten(1, (cfg.n_heads, -1)).sum(2)
     squares["query_head"] = squares["head"].unflatten(1, (cfg.n_kv_heads, -1))
     squares["kv_head"] = squares["query_head"].sum(2) + kv.unflatten(1, (cfg.n_kv_heads, -1)).sum(2)
-    squares["intermediate"] = sum(over(f"mlp.{n}_proj.weight", d) for n, d in (("gate", 1), ("up", 1), ("down", 0)))
+    into_mlp = ["mlp.gate_proj", "mlp.up_proj"] if cfg.gated_mlp else ["mlp.up_proj"]
+    squares["intermediate"] = over("mlp.down_proj.weight", 0) + sum(over(f"{name}.weight", 1) for name in into_mlp)
     squares["head_layer"], squares["mlp"] = heads.sum(1) + kv.sum(1), squares["intermediate"].sum(1)
     squares["layer"] = squares["head_layer"] + squares["mlp"]
-    inputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    inputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", *into_mlp)
     squares["hidden"] = model.model["embed_tokens"].weight.float().square().sum(0) + sum(
         over(f"{name}.weight", 0).sum(0) for name in inputs) + sum(
         over(f"{name}.weight", 1).sum(0) for name in ("self_attn.o_proj", "mlp.down_proj"))

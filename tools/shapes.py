@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert import config_from_hf
+import torch
+
+from convert import config_from_hf, config_to_hf
 from l0 import mask_sets
 from model import ModelConfig
 from run.cost import PRODUCTS
 from run.metrics import PEAK_FLOPS
-from run.settings import FilePath, check, read_json, require, run_stage
+from run.settings import FilePath, UserError, check, read_json, require, run_stage
 from run.weights import read_model_config
 
 # family -> name -> hidden size, layers, query heads, KV heads, MLP units, head dim, as their configs have them
@@ -72,10 +74,11 @@ def read_source(folder: Path) -> ModelConfig:
 
 
 def reachable(source: ModelConfig, shape: ModelConfig) -> bool:
-    """Whether prune.py could end there."""
+    """Whether prune.py could end there, and a class of transformers hold it."""
     try:
+        config_to_hf(shape, {}, torch.float32)
         return bool(mask_sets(source, shape))
-    except ValueError:
+    except (ValueError, UserError):
         return False
 
 
@@ -128,7 +131,8 @@ def scaled(source: ModelConfig, cfg: ShapeSettings, power: float | None) -> Mode
                 hidden_size=whole(s * source.hidden_size, cfg.multiple, source.hidden_size),
                 intermediate_size=whole(s * source.intermediate_size, step, source.intermediate_size))
             f = shape.intermediate_size
-            lacking = (cfg.target_params - shape.n_params()) / (3 * shape.n_layers * shape.hidden_size)  # MLP units a layer
+            unit = (2 + shape.gated_mlp) * shape.hidden_size  # parameters of an MLP unit
+            lacking = (cfg.target_params - shape.n_params()) / (shape.n_layers * unit)  # of them, a layer
             yield dataclasses.replace(shape, intermediate_size=whole(
                 f + max(-0.2 * f, min(0.2 * f, lacking)), step, source.intermediate_size))
 

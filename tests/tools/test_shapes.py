@@ -18,9 +18,14 @@ LLAMA3_HF = dict(model_type="llama", vocab_size=128256, hidden_size=4096, num_hi
                  rope_theta=500000.0)
 
 
+PYTHIA_HF = dict(model_type="gpt_neox", vocab_size=50304, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                 intermediate_size=4096, max_position_embeddings=2048, layer_norm_eps=1e-5)
+
+
 @pytest.fixture
 def folders(tmp_path):
-    for name, file, config in (("llama2", "model_config.json", LLAMA2), ("llama3", "config.json", LLAMA3_HF)):
+    for name, file, config in (("llama2", "model_config.json", LLAMA2), ("llama3", "config.json", LLAMA3_HF),
+                               ("pythia", "config.json", PYTHIA_HF)):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(json.dumps(config))
     return tmp_path
@@ -55,6 +60,13 @@ def test_shapes_can_be_pruned_to_and_divide(folders, capsys, source, size, tenso
             assert abs(n_params / size - 1) <= shapes.NEAR / 2
     layers = {name: shape.n_layers for name, (_, shape) in found.items()}
     assert layers["deep: all layers"] == 32 > layers["the source's proportions"]
+
+
+def test_shapes_of_pythia_can_be_exported(folders, capsys):
+    """GPT-NeoX has no head_dim: every shape's heads are as wide as the source's."""
+    found = printed(capsys, folders / "pythia", 162_322_944)
+    assert next(iter(found)) == "Pythia-160M" and found["Pythia-160M"][0] == 162_322_944 and len(found) >= 3
+    assert all(shape.hidden_size == 64 * shape.n_heads for _, shape in found.values())
 
 
 def test_the_published_shape_of_the_family_comes_first(folders, capsys):
