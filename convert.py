@@ -3,7 +3,7 @@
     python convert.py --from_hf=Llama-2-7b-hf --out_dir=models/llama2_7b
     python convert.py --to_hf=out/1.3b/step_0048000 --out_dir=export/sheared_1.3b --dtype=bfloat16
 
-Exact unless --dtype says otherwise, with one tensor in memory at a time and every tensor of the source accounted for.
+Exact unless --dtype says otherwise, with one tensor in memory at a time (of those fused, the parts) and each accounted for.
 --verify compares the logits of both sides, and what both make of some texts, before the new folder gets its name.  Hugging
 Face's names of things are known in this file only.  Of a GGUF file, tools/gguf_to_hf.py makes a Hugging Face folder first.
 """
@@ -41,7 +41,6 @@ DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 TOLERANCE = 1e-4  # --verify: largest difference of a logit, as a share of the largest logit
 
 Loaders = dict[str, Callable[[], Tensor]]  # name -> what reads the tensor
-
 
 # Field of ModelConfig -> its name in a config.json, unless the family has another; None: it has none, and one value.
 KEYS = {
@@ -97,8 +96,7 @@ FAMILIES = {  # in the order in which an export looks for one that can hold it
 REFUSED = {  # model_type, or rope_type -> why model.py does not compute it
     "gemma": "its embedding is scaled by a width that pruning changes",
     "gemma2": "four norms a layer, soft caps on scores and logits, local layers",
-    "gemma3_text": "four norms a layer, local layers with another rotary base",
-    "gemma3": "four norms a layer, local layers with another rotary base, images",
+    **dict.fromkeys(("gemma3", "gemma3_text"), "four norms a layer, local layers with another rotary base"),
     "mixtral": "experts", "qwen3_moe": "experts", "olmo": "norms without weights",
     "phi": "one norm for both blocks of a layer", "longrope": "frequencies that change with the length of a text",
 }
@@ -185,11 +183,10 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], loaders: Loaders,
 def their_name(name: str, family: Family) -> str:
     """Of a tensor of ours: model.layers.3.self_attn.o_proj.weight -> gpt_neox.layers.3.attention.dense.weight."""
     module, kind = name.rsplit(".", 1)
-    top, _, rest = module.partition(".layers.")
-    if not rest:
+    if not module.startswith("model.layers."):
         return f"{family.modules.get(module, module)}.{kind}"
-    i, part = rest.split(".", 1)
-    return f"{family.modules.get(f'{top}.layers', f'{top}.layers')}.{i}.{family.modules.get(part, part)}.{kind}"
+    i, part = module.removeprefix("model.layers.").split(".", 1)
+    return f"{family.modules.get('model.layers', 'model.layers')}.{i}.{family.modules.get(part, part)}.{kind}"
 
 
 def split(read: Callable[[], Tensor], j: int, rows: list[int], heads: int | None, name: str) -> Tensor:

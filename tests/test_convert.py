@@ -1,6 +1,7 @@
 """Conversion is exact in both directions, transformers agrees on the logits, and what cannot be converted is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -495,3 +496,12 @@ def test_a_config_means_what_transformers_reads_in_it(family, values):
         return
     assert convert.config_from_hf(back, Path("config.json")) == ours
     assert back["model_type"] == family or (family, back["model_type"]) == ("llama", "mistral")
+
+
+def test_the_readme_has_a_row_and_a_test_for_every_family():
+    rows = (ROOT / "README.md").read_text().split("## Model families")[1].split("\n## ")[0].splitlines()
+    named = {name for row in rows if row.startswith("| ") for name in re.findall(r"`([^`]+)`", row.rsplit("|", 2)[1])}
+    refused = {name.removeprefix("test_refused[").rstrip("]") for name in named if name.startswith("test_refused[")}
+    works = {name for name in named if not name.startswith("test_")}
+    assert works <= FAMILIES.keys() and refused <= REFUSED.keys() and {"gemma", "longrope"} <= refused
+    assert {FAMILIES[name][1].model_type for name in works} == set(convert.FAMILIES)

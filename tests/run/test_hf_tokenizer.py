@@ -98,6 +98,18 @@ def test_auto_tokenizer_agrees(name, model_type, sources, tmp_path):
     assert code == (model_type in hf.BUILT_ANEW and name != "json of Qwen")
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_thousand_lines_are_the_same_in_every_family(model_type, sources, tmp_path):
+    lines = "\n".join(path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py"))).split("\n")[:1000]
+    assert len(lines) == 1000
+    for name in ("as prepared", "json"):
+        tokenizer = exported(sources[name], tmp_path / name, model_type)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name, trust_remote_code=True)  # the code there is ours
+        want = [tokenizer.encode(line) for line in lines]
+        assert theirs(lines, add_special_tokens=False)["input_ids"] == want
+        assert [theirs.decode(ids, skip_special_tokens=True) for ids in want] == [tokenizer.decode(ids) for ids in want]
+
+
 @pytest.mark.parametrize("model_type, config, message", [
     ("qwen2", hf.AS_IS, r"Qwen2Tokenizer: 'def main(argv):\n    return' gives"),  # that class all the same
     ("llama", {"tokenizer_class": "LlamaTokenizer"}, "LlamaTokenizer: ' x' gives"),
