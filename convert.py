@@ -192,17 +192,17 @@ def their_name(name: str, family: Family) -> str:
 def split(read: Callable[[], Tensor], j: int, rows: list[int], heads: int | None, name: str) -> Tensor:
     """The j-th of the matrices, or biases, that lie in one of theirs.  rows: of each; heads: see `fuse`."""
     fused = read()
-    check(fused.shape[0] == sum(rows), f"{name} has {fused.shape[0]} rows, but the config calls for {sum(rows)}")
+    check(fused.shape[:1] == (sum(rows),), f"{name} has shape {tuple(fused.shape)}, the config calls for {sum(rows)} rows")
     parts = fused.split(rows) if heads is None else [
         part.flatten(0, 1) for part in fused.unflatten(0, (heads, len(rows), -1)).unbind(1)]
     return parts[j].contiguous()
 
 
-def fuse(reads: list[Callable[[], Tensor]], rows: list[int], heads: int | None, name: str) -> Tensor:
+def fuse(reads: list[Callable[[], Tensor]], shapes: list[torch.Size], heads: int | None, name: str) -> Tensor:
     """Several in one, one behind the other, or with `heads` the first head of each, then the second..."""
     parts = [read() for read in reads]
-    found = [p.shape[0] for p in parts]
-    check(found == rows, f"what goes into {name} has {found} rows, but the config calls for {rows}")
+    check([p.shape for p in parts] == shapes, f"what goes into {name} has the shapes {[tuple(p.shape) for p in parts]}, but "
+          f"the config calls for {[tuple(s) for s in shapes]}")
     return torch.cat(parts) if heads is None else torch.stack([p.unflatten(0, (heads, -1)) for p in parts], 1).flatten(0, 2)
 
 
@@ -215,13 +215,13 @@ def translate(cfg: ModelConfig, family: Family, loaders: Loaders, source: str, *
     check_names(source, loaders.keys(), theirs.keys() if to_ours else shapes.keys())
     found, heads = {}, cfg.n_heads if family.by_head else None
     for name, ours in theirs.items():
-        rows, where = [shapes[n][0] for n in ours], f"{source}: {name}"
+        sizes, rows, where = [shapes[n] for n in ours], [shapes[n][0] for n in ours], f"{source}: {name}"
         if len(ours) == 1:
             found |= {ours[0]: loaders[name]} if to_ours else {name: loaders[ours[0]]}
         elif to_ours:
             found |= {n: functools.partial(split, loaders[name], j, rows, heads, where) for j, n in enumerate(ours)}
         else:
-            found[name] = functools.partial(fuse, [loaders[n] for n in ours], rows, heads, where)
+            found[name] = functools.partial(fuse, [loaders[n] for n in ours], sizes, heads, where)
     if not to_ours:
         shapes = {name: torch.Size([sum(shapes[n][0] for n in ours), *shapes[ours[0]][1:]]) for name, ours in theirs.items()}
     return shapes, found
