@@ -4,8 +4,8 @@
     python -m tools.evaluate export/1.3b --out_dir=out/eval --tasks=my_tasks       # a folder of task files; no network
     python -m tools.evaluate out/demo/export --out_dir=out/eval --names='()' --data_dir=out/demo/data
 
-Each task's result becomes a file in out_dir when it ends, and is taken from there by a later call with the same export and
-settings.  Beside the average of the paper's 11 tasks stand the published ones.  `make extras` installs the harness.
+Each task's result becomes a file in out_dir when it ends, and is taken from there by a later call of the same export and
+settings.  The paper's published averages stand beside ours.  `make extras` installs the harness.
 """
 
 import difflib
@@ -24,7 +24,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from data import evaluate, open_domains
 from run.processes import Processes
@@ -88,15 +87,14 @@ def kept(cfg: EvaluateSettings, name: str, settings: dict, measure) -> dict:
 def load_model(cfg: EvaluateSettings):
     """transformers' model of the export, on the device.  Raises UserError."""
     from transformers import AutoModelForCausalLM
-
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     try:
         return AutoModelForCausalLM.from_pretrained(cfg.export, dtype=cfg.dtype).to(device)
     except (OSError, ValueError) as error:
         raise UserError(f"export = {cfg.export} cannot be loaded: {error}") from None
 
 
-def losses_of(model, tokens: Tensor, targets: Tensor, masks: dict, *, reduction: str) -> Tensor:
+def losses_of(model, tokens: torch.Tensor, targets: torch.Tensor, masks: dict, *, reduction: str) -> torch.Tensor:
     """The loss of each sequence, [B], of a model of transformers; called as data.evaluate calls ours."""
     logits = model(tokens).logits.float()  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction).view(targets.shape).mean(1)
@@ -106,12 +104,11 @@ def held_out(cfg: EvaluateSettings, indexes: list[Path], load) -> dict[str, floa
     """Loss of each domain of data_dir, nats a token, over the windows that a run's last evaluation takes."""
     context, vocab_size = map(read_json(Path(cfg.export) / "config.json").get, ("max_position_embeddings", "vocab_size"))
     check(cfg.seq_len <= context, f"seq_len = {cfg.seq_len} is longer than the export's context of {context} tokens")
-    few = SimpleNamespace(eval_sequences=cfg.eval_sequences, eval_batch_size=cfg.batch_size, eval_between=0)
     with user_errors():
         splits = open_domains(cfg.data_dir, sorted({p.parent.name for p in indexes}), "eval", cfg.seq_len or context)
-        top = max(split.max_token for split in splits)
-        check(top < vocab_size, f"data_dir = {cfg.data_dir} has token {top}, but the export knows {vocab_size}; prepare the "
-              "text with the export's tokenizer")
+        check(max(s.max_token for s in splits) < vocab_size, f"data_dir = {cfg.data_dir} has tokens beyond the export's "
+              f"{vocab_size}; prepare the text with the export's tokenizer")
+        few = SimpleNamespace(eval_sequences=cfg.eval_sequences, eval_batch_size=cfg.batch_size, eval_between=0)
         return evaluate(functools.partial(losses_of, load()), {}, splits, few, Processes(0, 1, load().device, torch.float32))
 
 
@@ -120,11 +117,11 @@ def task_manager(cfg: EvaluateSettings):
     check(importlib.util.find_spec("lm_eval") is not None, "lm_eval is not installed; pip install -e '.[eval]'")
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each retry
+    for noisy in ("lm_eval", "huggingface_hub"):  # of each setting, of each retry
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     check(not cfg.tasks or Path(cfg.tasks).is_dir(), f"tasks = {cfg.tasks} is no folder")
     manager = TaskManager(include_path=os.path.abspath(cfg.tasks) if cfg.tasks else None, include_defaults=not cfg.tasks)
-    check(bool(manager.all_tasks), f"tasks = {cfg.tasks} holds no task file: a .yaml with a line `task: NAME`")
+    check(bool(manager.all_subtasks), f"tasks = {cfg.tasks} holds no task file: a .yaml with a line `task: NAME`")
     for name in cfg.names or ():
         near = difflib.get_close_matches(name, manager.task_index, n=1)
         check(name in manager.task_index, f"no task is named {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -143,16 +140,18 @@ def run_task(cfg: EvaluateSettings, name: str, manager, load) -> dict:
         os.chdir(cfg.tasks or here)  # paths in a task file are relative to the folder
         loaded = manager.load([name])
     except Exception as error:  # of the harness, datasets, the Hub's client, or a task's own code
-        raise UserError(f"task {name} cannot be loaded: {type(error).__name__}: {error}; data that are not local are "
-                        "downloaded once: that needs a network, or a cache (HF_HOME)") from None
+        raise UserError(f"task {name} cannot be loaded: {error}; it takes local or cached data, or a network") from None
     finally:
         os.chdir(here)
     for task in loaded["tasks"].values():
         shots = TASKS[name][0] if not cfg.tasks and name in TASKS else task.get_config("num_fewshot") or 0
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=1234)  # the harness's own default
-    found = run(lm=HFLM(pretrained=load(), tokenizer=tokenizer, batch_size=cfg.batch_size), task_dict=loaded,
-                limit=cfg.limit or None, log_samples=False)["results"]
+    try:
+        lm = HFLM(pretrained=load(), tokenizer=tokenizer, batch_size=cfg.batch_size)
+        found = run(lm=lm, task_dict=loaded, limit=cfg.limit or None, log_samples=False)["results"]
+    except ValueError as error:  # more shots than examples
+        raise UserError(f"task {name} does not fit its data: {error}") from None
     check(name in found, f"{name} stands for several tasks; name them: {', '.join(found)}")
     return {"shots": shots, "metrics": {k: v for k, v in found[name].items() if "," in k and k[0] != ","}}
 
@@ -170,8 +169,8 @@ def table(results: dict[str, dict], theirs: bool) -> str:
             rows.append(f"| {name} | {result['shots']} | {metric} | {value:.4f} | {scores[name][1]:.4f} |")
     if theirs and set(AVERAGED) <= scores.keys():
         values, errors = zip(*(scores[name] for name in AVERAGED))
-        rows.append(f"| average of the paper's 11, in percent | | | {100 * sum(values) / 11:.1f} | "
-                    f"{100 * math.hypot(*errors) / 11:.1f} |")
+        mean, error = 100 * sum(values) / 11, 100 * math.hypot(*errors) / 11
+        rows.append(f"| average of the paper's 11, in percent | | | {mean:.1f} | {error:.1f} |")
         rows += [f"| published: {name} | | | {value} | |" for name, value in PUBLISHED]
     return "\n".join(rows)
 
@@ -179,7 +178,7 @@ def table(results: dict[str, dict], theirs: bool) -> str:
 def main(cfg: EvaluateSettings) -> None:
     check((Path(cfg.export) / "config.json").is_file(), f"export = {cfg.export} has no config.json; use convert.py --to_hf")
     manager = task_manager(cfg) if cfg.names != () else None
-    names = cfg.names if cfg.names is not None else tuple(manager.all_tasks if cfg.tasks else TASKS)
+    names = cfg.names if cfg.names is not None else tuple(manager.all_subtasks if cfg.tasks else TASKS)
     load = functools.cache(functools.partial(load_model, cfg))  # once, or not at all
     settings = {"export": fingerprint(cfg.export), "dtype": cfg.dtype, "limit": cfg.limit}
     if cfg.data_dir:

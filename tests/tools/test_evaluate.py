@@ -8,6 +8,7 @@ import torch
 from conftest import DOMAINS, eval_lines, refusal
 
 import convert
+from run.settings import UserError
 from tools import evaluate
 from tools.evaluate import AVERAGED, PUBLISHED, TASKS, EvaluateSettings
 
@@ -91,6 +92,12 @@ def test_refusals(letters_export, tasks, tmp_path, monkeypatch, capsys):
     assert "no task is named 'quizz'; did you mean quiz?" in said(f"--tasks={tasks}", "--names=('quizz',)")
     assert "tasks = nowhere is no folder" in said("--tasks=nowhere")
     assert "has no config.json" in refusal("evaluate", [str(tmp_path), f"--out_dir={tmp_path}/out"], monkeypatch, capsys)
+    quiz = (tasks / "quiz.yaml").read_text()
+    for name, text, why in (("shots", quiz + "num_fewshot: 9\n", "does not fit its data"),
+                            ("field", quiz.replace("{{question}}", "{{wonder}}"), "'wonder' is undefined")):
+        (tasks / f"{name}.yaml").write_text(text.replace("task: quiz", f"task: {name}"))
+        with pytest.raises(UserError, match=f"task {name} .*{why}"):
+            evaluate.main(EvaluateSettings(str(letters_export), str(tmp_path / "out"), (name,), str(tasks)))
     assert not (tmp_path / "out").exists()
 
 
