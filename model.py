@@ -39,7 +39,7 @@ class ModelConfig:
     n_layers: int  # L
     n_heads: int  # H, query heads
     n_kv_heads: int  # K, key/value heads; K = H is multi-head attention, 1 < K < H grouped-query
-    head_dim: int  # h; not always d / H, and never after pruning
+    head_dim: int  # h; not always d / H, and seldom after pruning
     intermediate_size: int  # f
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
