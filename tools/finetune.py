@@ -102,9 +102,9 @@ def main(cfg: FinetuneSettings) -> None:
     config = read_json(Path(cfg.export) / "config.json")
     check(os.environ.get("WORLD_SIZE", "1") == "1", "tools.finetune runs as one process; start it without torchrun")
     data = conversations(Path(cfg.data))
-    check(importlib.util.find_spec("trl") is not None, "trl is not installed; pip install -e '.[chat]'")
     context = config["max_position_embeddings"]
     check(cfg.seq_len <= context, f"seq_len = {cfg.seq_len} is longer than the export's context of {context} tokens")
+    check(importlib.util.find_spec("trl") is not None, "trl is not installed; pip install -e '.[chat]'")
     with new_folder(cfg.out_dir) as folder:
         trainer = make_trainer(cfg, data, folder)
         n = len(trainer.train_dataset)
