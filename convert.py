@@ -1,7 +1,7 @@
 """Convert a Hugging Face folder to a model folder of ours, and a model folder to a Hugging Face folder.
 
-    python convert.py --from_hf=Llama-2-7b-hf --out_dir=models/llama2_7b
-    python convert.py --to_hf=out/1.3b/step_0048000 --out_dir=export/sheared_1.3b --dtype=bfloat16
+    python convert.py --from_hf=Llama-2-7b-hf --out_dir=models/llama2-7b
+    python convert.py --to_hf=out/pretrain_1.3b --out_dir=export/1.3b --dtype=bfloat16
 
 Exact unless --dtype says otherwise, with one tensor in memory at a time (of those fused, the parts) and each accounted for.
 --verify compares the logits of both sides, and what both make of some texts, before the new folder gets its name.  Hugging

@@ -1,4 +1,4 @@
-# torchrun --nnodes=2 --nproc_per_node=8 pretrain.py configs/pretrain_370m.py
+# torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 pretrain.py configs/pretrain_370m.py
 # The compacted 370M, continued: the published recipe, with this size's own reference losses.
 # 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 16 sequences.
 init_from = "out/370m_compact"

@@ -1,5 +1,6 @@
 """Every shipped config is accepted by its stage, states the published recipe, and opens with the command that runs it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -44,13 +45,15 @@ def source_of(path: Path) -> ModelConfig:
             return source
     if path.stem.startswith("pretrain_"):
         return prune.target_config(parse(path.with_name(path.name.replace("pretrain_", "7b_to_"))), LLAMA2_7B)
+    if path.stem == "small_prune":
+        return ModelConfig(**json.loads(re.search(r"--shape='(.*)'", Path("README.md").read_text())[1]))
     return ModelConfig(**parse(path.with_name("demo_source.py")).shape)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config_is_valid(path):
     first = path.read_text().splitlines()[0]
-    assert re.fullmatch(rf"# (torchrun [\w\- =]+|python) (prune|pretrain)\.py {path.as_posix()}", first)
+    assert re.fullmatch(rf"# (torchrun [\w\- =:]+|python) (prune|pretrain)\.py {path.as_posix()}", first)
     cfg = parse(path)
     assert cfg.global_batch_size % (cfg.micro_batch_size * world(path)) == 0
     tokens = int(re.search(r"= ([\d.,]+) ?M? tokens a step", path.read_text())[1].replace(",", "").split(".")[0])

@@ -72,18 +72,21 @@ def wiki() -> Iterator[str]:
 
 
 def gather(raw: Path) -> None:
-    """raw/<domain>/part.jsonl, about BYTES_PER_DOMAIN each."""
+    """raw/<domain>/part.jsonl, about BYTES_PER_DOMAIN each: all of it, or no folder of that name."""
+    partial = raw.with_name(raw.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
     python, cpp = Path(sysconfig.get_path("stdlib")), package("torch") / "include"
     sources = {"python": files(python, "*.py"), "cpp": files(cpp, "*.h"), "docs": docs(), "plays": plays(), "wiki": wiki()}
     for domain, texts in sources.items():
-        (raw / domain).mkdir(parents=True)
+        (partial / domain).mkdir(parents=True)
         size = 0
-        with (raw / domain / "part.jsonl").open("w", encoding="utf-8") as file:
+        with (partial / domain / "part.jsonl").open("w", encoding="utf-8") as file:
             for text in texts:
                 file.write(json.dumps({"text": text}) + "\n")
                 size += len(text.encode())
                 if size > BYTES_PER_DOMAIN:
                     break
+    partial.rename(raw)
 
 
 def run(*args: str) -> None:

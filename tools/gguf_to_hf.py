@@ -1,7 +1,7 @@
 """Make a plain Hugging Face folder of a GGUF file of the Llama family: weights in float32, config.json and tokenizer.
 
-    python -m tools.gguf_to_hf --gguf=SmolLM2-135M.gguf --out_dir=models/smollm2_135m_hf
-    python convert.py --from_hf=models/smollm2_135m_hf --out_dir=models/smollm2_135m
+    python -m tools.gguf_to_hf --gguf=SmolLM2-135M.gguf --out_dir=models/smollm2-135m-hf
+    python convert.py --from_hf=models/smollm2-135m-hf --out_dir=models/smollm2-135m
 
 GGUF's names of things are known in this file only.  Its rows of Q and K are permuted for a rotary embedding of neighbouring
 pairs, which is undone; of its tokenizers those with known splits are written, and of others it is said that they are not.

@@ -1,7 +1,7 @@
 """Text from a model folder, or from a checkpoint of pretrain.py.
 
     python -m tools.sample --model_dir=out/demo/continue/step_0000300 --prompt="Once upon a time" --n_samples=2
-    python -m tools.sample --model_dir=models/smollm2_135m --temperature=0
+    python -m tools.sample --model_dir=models/smollm2-135m --temperature=0
 
 Every token runs the whole context through the model again: no cache here makes model.py longer.  Who serves a model
 exports it (convert.py --to_hf).

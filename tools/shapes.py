@@ -1,6 +1,6 @@
 """Target shapes of about a size for a source model, with the flags of prune.py that ask for them.
 
-    python -m tools.shapes --target_params=1.3e9 models/llama2_7b
+    python -m tools.shapes --target_params=1.3e9 models/llama2-7b
     python -m tools.shapes --target_params=4e9 --tensor_parallel=8 Meta-Llama-3-8B    # of a Hugging Face folder
 
 First published shapes of the source's family (those of the same heads, which pruning can reach), then the source's
