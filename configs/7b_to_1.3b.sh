@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash configs/7b_to_1.3b.sh
 # Raw text and Llama-2-7b-hf -> an exported 1.3B checkpoint.  Start it again after any interruption: a stage whose output is
-# there is skipped, one that was cut off goes on.  The last training may take more nodes: then start its config's first line on each of them.
+# there is skipped, one that was cut off goes on.  On several nodes: the last training by its config's first line on each.
 set -euo pipefail
 RAW=${RAW:-raw/redpajama}  # one folder a domain: cc github book stackexchange wiki arxiv c4-rp
 HF=${HF:-Llama-2-7b-hf}
