@@ -39,7 +39,13 @@ class Way:
     at_once: int = 8  # of those
     steps: int = 0  # of prune.py; 0: the scores choose
     batch: int = 0  # sequences of such a step
-    sampled: bool = False  # the released recipe: weights trained under sampled masks.  False: masks alone
+    rate: float = 0.2  # of the scores
+    sampled: str = ""  # the released recipe, weights trained under sampled masks, and how it counts; "": masks alone
+    budget: int = 1  # times the ladder's
+    target: dict[str, int] | None = None  # target_* of prune.py; None: the ladder's
+    kd_weight: float = 0.0  # of the source's distribution in the training of the cut model
+    mixture: str = "constant"  # of domains: constant, or doremi steered by clipped or signed excess over the source's losses
+    rival: str = "activation"  # the way that it is compared with, seed by seed
 
 
 @dataclass(frozen=True)
@@ -61,30 +67,57 @@ class Ladder:
 
 SMALL_SHAPE = {"vocab_size": 2048, "hidden_size": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 3, "head_dim": 32,
                "intermediate_size": 512, "context_length": 256, "tie_embeddings": True}
-HALF = {"target_hidden_size": 128, "target_n_layers": 4, "target_n_heads": 4, "target_n_kv_heads": 2,
-        "target_intermediate_size": 320}
-WAYS = {
-    "learned": Way("activation", 32, steps=10, batch=4),
-    "learned_longer": Way("activation", 32, steps=20, batch=4),
-    "gradient": Way("gradient", 32, 1),
+
+
+def target(hidden_size: int, n_layers: int, n_heads: int, n_kv_heads: int, intermediate_size: int) -> dict[str, int]:
+    """target_* of prune.py."""
+    return {f"target_{name}": value for name, value in locals().items()}
+
+
+RIVALS = {
+    "learned": Way("activation", 32, steps=20, batch=4),
     "activation": Way("activation", 128),
+    "gradient": Way("gradient", 32, 1),
     "magnitude": Way("magnitude", 8),
     "random": Way("random", 8),
-    "sampled": Way("", steps=60, batch=16, sampled=True),
+    "sampled": Way("", steps=60, batch=16, sampled="expected"),
     "scratch": Way(""),
 }
-REAL_WAYS = WAYS | {"learned": Way("activation", 8, steps=10, batch=2), "gradient": Way("gradient", 8, 1),
-                    "activation": Way("activation", 16), "sampled": Way("", steps=8, batch=4, sampled=True)}
+CUT_28, CUT_74 = target(176, 7, 6, 3, 416), target(128, 4, 4, 2, 320)
+QUESTIONS = {  # of the small ladder, beside the rivals
+    "sampled_rescaled": Way("", steps=60, batch=16, sampled="rescaled"),
+    "learned_28": Way("activation", 32, steps=20, batch=4, target=CUT_28, rival="activation_28"),
+    "activation_28": Way("activation", 128, target=CUT_28),
+    "learned_74": Way("activation", 32, steps=20, batch=4, target=CUT_74, rival="activation_74"),
+    "activation_74": Way("activation", 128, target=CUT_74),
+    "learned_5_steps": Way("activation", 32, steps=5, batch=4, rival="learned"),
+    "learned_80_steps": Way("activation", 32, steps=80, batch=4, rival="learned"),
+    "activation_kd_0.5": Way("activation", 128, kd_weight=0.5),
+    "activation_kd_1": Way("activation", 128, kd_weight=1.0),
+    "activation_clipped": Way("activation", 128, mixture="clipped"),
+    "activation_signed": Way("activation", 128, mixture="signed"),
+    "activation_x4": Way("activation", 128, budget=4, rival="scratch_x4"),
+    "scratch_x2": Way("", budget=2),
+    "scratch_x4": Way("", budget=4),
+    "scratch_x8": Way("", budget=8),
+}
+REAL = {
+    "learned": Way("activation", 16, steps=16, batch=2, rate=0.1),
+    "activation": Way("activation", 16),
+    "gradient": Way("gradient", 8, 1),
+    "sampled": Way("", steps=8, batch=4, sampled="expected"),
+    "activation_kd_0.5": Way("activation", 16, kd_weight=0.5),
+    "activation_kd_1": Way("activation", 16, kd_weight=1.0),
+}
 LADDERS = {
     # the demo's own source, far from converged, and its data: after `make demo`
-    "demo": Ladder(target=HALF, seq_len=128, batch=16, budget=300, learning_rate=2e-3, ways=WAYS),
-    # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens
-    "small": Ladder(target=HALF | {"target_n_layers": 5}, seq_len=128, batch=16, budget=1000, learning_rate=2e-3, ways=WAYS,
-                    source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),
+    "demo": Ladder(target=CUT_74, seq_len=128, batch=16, budget=300, learning_rate=2e-3, ways=RIVALS),
+    # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens; the main cut is 55%
+    "small": Ladder(target=target(144, 6, 4, 2, 384), seq_len=128, batch=16, budget=300, learning_rate=2e-3,
+                    ways=RIVALS | QUESTIONS, source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),
     # real weights: half of SmolLM2-135M's parameters without the embedding
-    "smollm2": Ladder(target={"target_hidden_size": 448, "target_n_layers": 26, "target_n_heads": 6, "target_n_kv_heads": 2,
-                              "target_intermediate_size": 1152}, seq_len=256, batch=4, budget=24, learning_rate=3e-4,
-                      ways=REAL_WAYS, bytes_a_domain=2_500_000, eval_sequences=4),
+    "smollm2": Ladder(target=target(448, 26, 6, 2, 1152), seq_len=256, batch=4, budget=100, learning_rate=3e-4, ways=REAL,
+                      bytes_a_domain=2_500_000, eval_sequences=8),
 }
 
 
@@ -139,7 +172,8 @@ def choose(ladder: Ladder, way: Way, seed: int, data: Path, source: Path, out: P
     """Masks by one way: (folder for compact.py, or None for none; tokens of whole source steps that this cost)."""
     if not way.score and not way.sampled:
         return None, 0.0
-    shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed, **ladder.target)
+    shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed,
+                   **(way.target or ladder.target))
     masks, scores = out / "masks", out / "scores"
     spent = way.steps * way.batch
     if not way.sampled:
@@ -153,9 +187,10 @@ def choose(ladder: Ladder, way: Way, seed: int, data: Path, source: Path, out: P
     stage("prune.py", *shared, *flags(
         out_dir=masks, max_steps=way.steps, global_batch_size=way.batch, eval_interval=10**6, eval_sequences=1,
         save_interval=50, keep_last=1, lagrangian_warmup_steps=way.steps * 2 // 5), "--resume", *(flags(
-            micro_batch_size=way.batch // 2, learning_rate=ladder.learning_rate, warmup_steps=way.steps // 10)
+            micro_batch_size=way.batch // 2, learning_rate=ladder.learning_rate, warmup_steps=way.steps // 10,
+            count=way.sampled)
             if way.sampled else flags(
-            micro_batch_size=way.batch, relaxation="topk", init_scores=scores, mask_learning_rate=0.2, warmup_steps=0,
+            micro_batch_size=way.batch, relaxation="topk", init_scores=scores, mask_learning_rate=way.rate, warmup_steps=0,
             freeze_weights=True)))
     return masks, spent * ladder.seq_len
 
@@ -166,29 +201,40 @@ def evaluations(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "eval_loss" in line]
 
 
-def shapes(ladder: Ladder, source: Path) -> tuple[ModelConfig, ModelConfig]:
+def shapes(ladder: Ladder, way: Way, source: Path) -> tuple[ModelConfig, ModelConfig]:
     """The source's shape and the target's."""
     shape = read_model_config(source, ModelConfig)
-    return shape, dataclasses.replace(shape, **{k.removeprefix("target_"): v for k, v in ladder.target.items()})
+    return shape, dataclasses.replace(shape, **{k.removeprefix("target_"): v
+                                                for k, v in (way.target or ladder.target).items()})
 
 
-def run_cell(ladder: Ladder, name: str, way: str, seed: int, data: Path, source: Path, out: Path) -> dict:
+def run_cell(ladder: Ladder, name: str, way_name: str, seed: int, data: Path, source: Path, out: Path) -> dict:
     """One cell, from its choice of units to the end of its training: its line of results."""
-    masks, spent = choose(ladder, ladder.ways[way], seed, data, source, out)
-    shape, target = shapes(ladder, source)
+    way = ladder.ways[way_name]
+    masks, spent = choose(ladder, way, seed, data, source, out)
+    shape, target = shapes(ladder, way, source)
     ratio = shape.train_flops_per_token(ladder.seq_len) / target.train_flops_per_token(ladder.seq_len)
-    steps = ladder.budget - round(spent * ratio / (ladder.batch * ladder.seq_len))
+    left = ladder.budget * way.budget - spent * ratio / (ladder.batch * ladder.seq_len)
+    steps = round(left / (1 + ratio / 3)) if way.kd_weight else round(left)  # a teacher runs forward only
     if masks is not None and not (out / "cut").exists():
         stage("compact.py", *flags(checkpoint=masks, out_dir=out / "cut"))
-    start = {"init_from": out / "cut"} if masks is not None else {"shape": dataclasses.asdict(target)}
+    extra = {"init_from": out / "cut"} if masks is not None else {"shape": dataclasses.asdict(target)}
+    extra |= {"teacher": source, "kd_weight": way.kd_weight} if way.kd_weight else {}
+    evaluate = 4  # times
+    if way.mixture == "constant":
+        extra |= {"update": "constant"}
+    else:
+        losses = {k.removeprefix("eval_loss/"): v for k, v in evaluations(source.parent)[-1].items() if "/" in k}
+        extra, evaluate = extra | {"reference_loss": losses, "excess": way.mixture}, 10
     rate = ladder.learning_rate * (2 if masks is None else 1)  # fresh weights bear more
-    stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", update="constant", seq_len=ladder.seq_len, seed=seed,
+    stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", seq_len=ladder.seq_len, seed=seed,
                                 global_batch_size=ladder.batch, micro_batch_size=ladder.batch, max_steps=steps,
-                                learning_rate=rate, warmup_steps=max(1, steps // 25), eval_interval=max(1, steps // 4),
-                                eval_sequences=ladder.eval_sequences, save_interval=100, keep_last=1, **start), "--resume")
+                                learning_rate=rate, warmup_steps=max(1, steps // 25), save_interval=100, keep_last=1,
+                                eval_interval=max(1, steps // evaluate), eval_sequences=ladder.eval_sequences,
+                                eval_between=max(1, ladder.eval_sequences // 4), **extra), "--resume")
     first, last = evaluations(out / "train")[0], evaluations(out / "train")[-1]
     domains = {k.removeprefix("eval_loss/"): v for k, v in last.items() if k.startswith("eval_loss/")}
-    return {"ladder": name, "way": way, "seed": seed, "steps": steps, "spent_source_tokens": round(spent),
+    return {"ladder": name, "way": way_name, "seed": seed, "steps": steps, "spent_source_tokens": round(spent),
             "tokens": steps * ladder.batch * ladder.seq_len, "params": target.n_params(),
             "first_loss": first["eval_loss"], "loss": last["eval_loss"], "domains": domains,
             "at_quarters": [line["eval_loss"] for line in evaluations(out / "train")]}
