@@ -111,7 +111,8 @@ REAL = {
 }
 LADDERS = {
     # the demo's own source, far from converged, and its data: after `make demo`
-    "demo": Ladder(target=CUT_74, seq_len=128, batch=16, budget=300, learning_rate=2e-3, ways=RIVALS),
+    "demo": Ladder(target=CUT_74, seq_len=128, batch=16, budget=300, learning_rate=2e-3,
+                   ways=RIVALS | {"learned_10_steps": Way("activation", 32, steps=10, batch=4)}),
     # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens; the main cut is 55%
     "small": Ladder(target=target(144, 6, 4, 2, 384), seq_len=128, batch=16, budget=300, learning_rate=2e-3,
                     ways=RIVALS | QUESTIONS, source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),

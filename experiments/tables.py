@@ -1,10 +1,11 @@
 """The tables of docs/results.md, from experiments/results/*.jsonl and nothing else.
 
     python -m experiments.tables            # writes them between the markers of docs/results.md
-    python -m experiments.tables --print    # prints them
+    python -m experiments.tables --print    # prints what it would write
 
-A row is a way of choosing units, over all seeds that were run: mean and, in brackets, lowest to highest.  Against
-activation: the mean over seeds of a way's loss less that of activation importance with the same seed.
+A marker in the document, `<!-- table LADDER WAY,WAY,... -->`, says which ways its table holds.  A row is a way over all
+seeds that were run: mean and, in brackets, lowest to highest.  The last column is the mean over seeds of a way's loss less
+that of its rival with the same seed.  `<!-- domains LADDER WAY,... -->` gives the losses by domain.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from experiments.run import LADDERS, RESULTS
 
 DOCS = Path("docs/results.md")
-MARKERS = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (table|domains) (\w+) ([\w.,]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def results(ladder: str) -> list[dict]:
@@ -29,40 +30,64 @@ def spread(values: list[float]) -> str:
     return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
-def row(way: str, cells: dict[int, dict], rival: dict[int, dict]) -> str:
-    """One line of a table.  cells, rival: seed -> line of results, of this way and of activation importance."""
-    gaps = [cells[seed]["loss"] - rival[seed]["loss"] for seed in cells if seed in rival]
-    against = f"{sum(gaps) / len(gaps):+.4f}" if gaps and way != "activation" else ""
-    values = list(cells.values())
-    spent, steps = sum(v["spent_source_tokens"] for v in values) / len(values), values[0]["steps"]
-    return (f"| {way} | {len(values)} | {spent:,.0f} | {steps} | {spread([v['first_loss'] for v in values])} | "
-            f"{spread([v['loss'] for v in values])} | {against} |")
-
-
-def table(ladder: str) -> str:
-    """A ladder's table in Markdown, the ways by their loss at the end."""
+def by_way(ladder: str) -> dict[str, dict[int, dict]]:
+    """Way -> seed -> its line."""
     cells: dict[str, dict[int, dict]] = {}
     for line in results(ladder):
         cells.setdefault(line["way"], {})[line["seed"]] = line
-    order = sorted(cells, key=lambda way: sum(v["loss"] for v in cells[way].values()) / len(cells[way]))
-    lines = ["| way | seeds | source tokens | steps after | loss after the cut | loss at the end | against activation |",
-             "|---|---|---|---|---|---|---|"]
-    lines += [row(way, cells[way], cells.get("activation", {})) for way in order]
-    if missing := [way for way in LADDERS[ladder].ways if way not in cells]:
-        lines += ["", f"Not run: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
+    return cells
+
+
+def ordered(ladder: str, ways: list[str]) -> tuple[list[str], list[str]]:
+    """Of these ways, those that were run, by their loss at the end, and what to say of the others."""
+    cells = by_way(ladder)
+    order = sorted(cells.keys() & ways, key=lambda way: sum(v["loss"] for v in cells[way].values()) / len(cells[way]))
+    missing = [way for way in ways if way not in cells]
+    return order, ["", f"Not run: {', '.join(missing)}."] if missing else []
+
+
+def row(way: str, cells: dict[int, dict], rival: str, rivals: dict[int, dict]) -> str:
+    """One line of a table.  cells, rivals: seed -> line of results, of this way and of the one it is compared with."""
+    gaps = [cells[seed]["loss"] - rivals[seed]["loss"] for seed in cells if seed in rivals]
+    against = f"{sum(gaps) / len(gaps):+.4f} ({rival})" if gaps and way != rival else ""
+    values = list(cells.values())
+    spent, steps = sum(v["spent_source_tokens"] for v in values) / len(values), values[0]["steps"]
+    return (f"| {way} | {len(values)} | {values[0]['params'] / 1e6:.2f} | {spent:,.0f} | {steps} | "
+            f"{spread([v['first_loss'] for v in values])} | {spread([v['loss'] for v in values])} | {against} |")
+
+
+def table(ladder: str, ways: list[str]) -> str:
+    """Ways of a ladder in Markdown, by their loss at the end."""
+    cells, rival = by_way(ladder), {name: way.rival for name, way in LADDERS[ladder].ways.items()}
+    order, rest = ordered(ladder, ways)
+    lines = ["| way | seeds | M parameters | source tokens | steps after | loss after the cut | loss at the end "
+             "| against its rival |", "|---" * 8 + "|"]
+    lines += [row(way, cells[way], rival[way], cells.get(rival[way], {})) for way in order]
+    return "\n".join(lines + rest) + "\n"
+
+
+def domains(ladder: str, ways: list[str]) -> str:
+    """The losses at the end by domain, means over seeds."""
+    cells, (order, rest) = by_way(ladder), ordered(ladder, ways)
+    names = sorted({domain for way in order for line in cells[way].values() for domain in line["domains"]})
+    lines = ["| way | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for way in order:
+        lines.append(f"| {way} | " + " | ".join(
+            f"{sum(v['domains'][name] for v in cells[way].values()) / len(cells[way]):.4f}" for name in names) + " |")
+    return "\n".join(lines + rest) + "\n"
 
 
 def filled(text: str) -> str:
     """A document with what stands between its markers made anew."""
-    return MARKERS.sub(lambda match: match[1] + table(match[2]) + match[3], text)
+    kinds = {"table": table, "domains": domains}
+    return MARKERS.sub(lambda m: m[1] + kinds[m[2]](m[3], m[4].split(",")) + m[5], text)
 
 
 def main() -> None:
     if sys.argv[1:] not in ([], ["--print"]):
         sys.exit(f"tables.py: unknown argument {sys.argv[1]}; there is only --print")
     if sys.argv[1:]:
-        return print("\n".join(f"{name}\n\n{table(name)}" for name in LADDERS))
+        return print("".join(m[0] + "\n\n" for m in MARKERS.finditer(filled(DOCS.read_text(encoding="utf-8")))))
     DOCS.write_text(filled(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"wrote {DOCS}")
 
