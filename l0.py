@@ -205,18 +205,20 @@ def undecided(z: Tensor) -> tuple[int, int]:
     return int((kept < 0.05).sum()), int(((kept >= 0.05) & (kept < 0.95)).sum())
 
 
+GAIN_RATE = 0.3  # of TopK's gains, of its scores'
 BLOCKS = "layer", "head_layer", "mlp"  # what closes blocks of a layer, whole
 
 
 class TopK(nn.Module):
     """Masks by scores: no noise, no multipliers, and at every step exactly as many units as asked.
 
-    The masks are hard: of each row the highest scores are 1, the others 0, and how many falls from all units to the target's
-    over `ramp` steps.  Gradients pass straight through (Bengio et al. 2013, arXiv 1308.3432), as if z were sigmoid(score -
-    the row's threshold), so a closed unit that is missed comes back.  `scores` starts from what tools.importance wrote.
-    Two findings are built in (docs/results.md).  Soft masks never show what a zero does: learned so, they were worse than
-    what they started from.  And a gradient says little of what closing a whole layer does: BLOCKS stay as they start, closed
-    from the first step on.
+    Of each row the highest scores are open, the others 0, and how many falls from all units to the target's over `ramp` steps.
+    An open unit's value is exp(gain), 1 at first: it makes up for what the closed ones gave, and compact.py folds it into the
+    weights.  Gradients reach the scores straight through (Bengio et al. 2013, arXiv 1308.3432), as if a value were
+    sigmoid(score - the row's threshold), so a closed unit that is missed comes back.
+    `scores` starts from what tools.importance wrote.  Two findings are built in (docs/results.md).  Soft masks never show what
+    a zero does: learned so, they were worse than what they started from.  And a gradient says little of what closing a whole
+    layer does: BLOCKS stay as they start, closed from the first step on.
     """
 
     def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, ramp: int = 1, seed: int = 0):
@@ -226,6 +228,7 @@ class TopK(nn.Module):
         self.scores = nn.ParameterDict({
             name: nn.Parameter(torch.empty(shape).normal_(0.0, 0.01, generator=generator), requires_grad=name not in BLOCKS)
             for name, (shape, _) in sets.items()})
+        self.gains = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name, (shape, _) in sets.items()})
 
     @torch.no_grad()
     def start_from(self, scores: dict[str, Tensor]) -> None:
@@ -235,15 +238,16 @@ class TopK(nn.Module):
             p.copy_((s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True).clamp(min=1e-6))
 
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
-        """For AdamW, see L0; with an eps that makes a step the mean gradient itself, since Adam's scale for each unit would
-        move those that do not matter as far as those that do.  `even_rows_` sets the scale, and not the clipping."""
-        eps = 100.0
-        return [dict(name="scores", params=self.units(), lr=mask_lr * eps, eps=eps, clip=math.inf)]
+        """For AdamW, see L0; scores with an eps that makes a step the mean gradient itself, since Adam's scale for each unit
+        would move those that do not matter as far as those that do.  `even_rows_` sets the scale, and not the clipping."""
+        eps, scores = 100.0, [p for p in self.scores.values() if p.requires_grad]
+        return [dict(name="scores", params=scores, lr=mask_lr * eps, eps=eps, clip=math.inf),
+                dict(name="gains", params=list(self.gains.values()), lr=mask_lr * GAIN_RATE, clip=math.inf)]
 
     @torch.no_grad()
     def even_rows_(self) -> None:
-        """Divide the gradients of each row by their root mean square, in place, before a step of the optimizer."""
-        for p in self.units():
+        """Divide the gradients of each row of scores by their root mean square, in place, before the optimizer's step."""
+        for p in (p for p in self.scores.values() if p.requires_grad):
             p.grad /= p.grad.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
 
     def count(self, name: str, step: int) -> int:
@@ -253,16 +257,17 @@ class TopK(nn.Module):
 
     def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
         """Training masks, the same for all micro-batches of a step."""
-        return {name: straight_through(p, self.count(name, step)) for name, p in self.scores.items()}
+        return {name: straight_through(p, self.count(name, step)) * self.gains[name].exp()
+                for name, p in self.scores.items()}
 
     @torch.no_grad()
     def deterministic(self, *, target: bool = True) -> dict[str, Tensor]:
-        """Masks of 0 and 1 with the target's counts."""
-        return {name: straight_through(p, self.sets[name][1]) for name, p in self.scores.items()}
+        """Masks with the target's counts: 0, or exp(gain)."""
+        return {name: straight_through(p, self.sets[name][1]) * self.gains[name].exp() for name, p in self.scores.items()}
 
     def units(self) -> list[nn.Parameter]:
         """What the gradients of the masks reach."""
-        return [p for p in self.scores.values() if p.requires_grad]
+        return [p for p in self.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def metrics(self, step: int, **ramp) -> tuple[dict[str, float], dict[str, Tensor]]:

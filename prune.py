@@ -92,8 +92,8 @@ def mask_metrics(masks: L0 | TopK, source: ModelConfig, cfg: PruneSettings, step
 def load_scores(folder: str, sets: dict) -> dict[str, Tensor]:
     """The scores that tools.importance wrote for these mask sets.  Raises UserError."""
     path = (latest_checkpoint(folder) or Path(folder)) / "masks.safetensors"
-    found = read_tensors(path, {f"scores.{name}": shape for name, (shape, _) in sets.items()})
-    return {name.removeprefix("scores."): tensor for name, tensor in found}
+    found = read_tensors(path, {name: p.shape for name, p in TopK(sets).state_dict().items()})
+    return {name.removeprefix("scores."): tensor for name, tensor in found if name.startswith("scores.")}
 
 
 def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path | None, processes: Processes):

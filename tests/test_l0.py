@@ -318,7 +318,8 @@ def test_scores_close_units_by_the_ramp_and_keep_the_highest():
         for name, z in masks.sample(0, step, 0).items():
             size, kept = sets[name][0][-1], sets[name][1]
             asked = kept if name == "layer" else round(size + (kept - size) * min(1, (step + 1) / 5))
-            assert (z.sum(-1) == asked).all() and z.requires_grad == (name != "layer")  # layers are what the start says
+            assert ((z == 1).sum(-1) == asked).all() and ((z == 0).sum(-1) == size - asked).all()
+    assert [masks.scores[name].requires_grad for name in ("hidden", "layer")] == [True, False]  # as the start says
     for name, z in masks.deterministic().items():
         kept = sets[name][1]
         assert set(z.unique().tolist()) == {0.0, 1.0} and (z.sum(-1) == kept).all()
@@ -343,9 +344,9 @@ def test_a_unit_that_the_start_overlooks_comes_back():
     masks = TopK({"hidden": ((6,), 3)})
     masks.start_from({"hidden": torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])})
     optimizer = make_optimizer(masks.parameter_groups(mask_lr=0.1, multiplier_lr=1.0))
-    target = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
-    for step in range(40):
+    target = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0, 0.5])
+    for step in range(80):
         (masks.sample(0, step, 0)["hidden"] - target).square().sum().backward()
         masks.even_rows_()
         clip_and_step(optimizer, 1.0, 1.0)
-    assert torch.equal(masks.deterministic()["hidden"], target)
+    torch.testing.assert_close(masks.deterministic()["hidden"], target, rtol=0.05, atol=0)  # units and what they are worth

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import RunData, Sampler, open_run_data
+from l0 import TopK
 from model import Transformer
 from prune import PruneSettings, shapes
 from run.checkpoint import carried_assets, fresh_state
@@ -168,8 +169,10 @@ def main(cfg: ImportanceSettings) -> None:
         write_tensors(temporary / "model.safetensors", {n: p.shape for n, p in weights.items()},
                       {n: p.dtype for n, p in weights.items()}, weights.__getitem__)
         write_assets(temporary, source, assets)
-        save_file({f"scores.{name}": s.float().cpu().contiguous() for name, s in scores.items()},
-                  temporary / "masks.safetensors")
+        masks = TopK(sets)  # with gains of 0: open units are 1
+        for name, s in scores.items():
+            masks.scores[name].data.copy_(s)
+        save_file(masks.state_dict(), temporary / "masks.safetensors")
         (temporary / "target_config.json").write_text(target.to_json())
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
     print(f"wrote {folder}: scores of " + ", ".join(f"{name} {tuple(s.shape)}" for name, s in scores.items()))
