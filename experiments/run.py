@@ -39,7 +39,7 @@ class Way:
     at_once: int = 8  # of those
     steps: int = 0  # of prune.py; 0: the scores choose
     batch: int = 0  # sequences of such a step
-    rate: float = 0.2  # of the scores
+    rate: float = 0.1  # of the scores
     sampled: str = ""  # the released recipe, weights trained under sampled masks, and how it counts; "": masks alone
     budget: int = 1  # times the ladder's
     target: dict[str, int] | None = None  # target_* of prune.py; None: the ladder's
@@ -75,7 +75,7 @@ def target(hidden_size: int, n_layers: int, n_heads: int, n_kv_heads: int, inter
 
 
 RIVALS = {
-    "learned": Way("activation", 32, steps=20, batch=4),
+    "learned": Way("activation", 32, steps=40, batch=4),
     "activation": Way("activation", 128),
     "gradient": Way("gradient", 32, 1),
     "magnitude": Way("magnitude", 8),
@@ -86,12 +86,12 @@ RIVALS = {
 CUT_28, CUT_74 = target(176, 7, 6, 3, 416), target(128, 4, 4, 2, 320)
 QUESTIONS = {  # of the small ladder, beside the rivals
     "sampled_rescaled": Way("", steps=60, batch=16, sampled="rescaled"),
-    "learned_28": Way("activation", 32, steps=20, batch=4, target=CUT_28, rival="activation_28"),
+    "learned_28": Way("activation", 32, steps=40, batch=4, target=CUT_28, rival="activation_28"),
     "activation_28": Way("activation", 128, target=CUT_28),
-    "learned_74": Way("activation", 32, steps=20, batch=4, target=CUT_74, rival="activation_74"),
+    "learned_74": Way("activation", 32, steps=40, batch=4, target=CUT_74, rival="activation_74"),
     "activation_74": Way("activation", 128, target=CUT_74),
-    "learned_5_steps": Way("activation", 32, steps=5, batch=4, rival="learned"),
-    "learned_80_steps": Way("activation", 32, steps=80, batch=4, rival="learned"),
+    "learned_10_steps": Way("activation", 32, steps=10, batch=4, rival="learned"),
+    "learned_160_steps": Way("activation", 32, steps=160, batch=4, rival="learned"),
     "activation_kd_0.5": Way("activation", 128, kd_weight=0.5),
     "activation_kd_1": Way("activation", 128, kd_weight=1.0),
     "activation_clipped": Way("activation", 128, mixture="clipped"),
@@ -102,7 +102,7 @@ QUESTIONS = {  # of the small ladder, beside the rivals
     "scratch_x8": Way("", budget=8),
 }
 REAL = {
-    "learned": Way("activation", 16, steps=16, batch=2, rate=0.1),
+    "learned": Way("activation", 16, steps=16, batch=2),
     "activation": Way("activation", 16),
     "gradient": Way("gradient", 8, 1),
     "sampled": Way("", steps=8, batch=4, sampled="expected"),
@@ -111,8 +111,7 @@ REAL = {
 }
 LADDERS = {
     # the demo's own source, far from converged, and its data: after `make demo`
-    "demo": Ladder(target=CUT_74, seq_len=128, batch=16, budget=300, learning_rate=2e-3,
-                   ways=RIVALS | {"learned_10_steps": Way("activation", 32, steps=10, batch=4)}),
+    "demo": Ladder(target=CUT_74, seq_len=128, batch=16, budget=300, learning_rate=2e-3, ways=RIVALS),
     # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens; the main cut is 55%
     "small": Ladder(target=target(144, 6, 4, 2, 384), seq_len=128, batch=16, budget=300, learning_rate=2e-3,
                     ways=RIVALS | QUESTIONS, source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),
