@@ -13,7 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.run import LADDERS, RESULTS
+from experiments.ladders import LADDERS
+from experiments.run import RESULTS
 
 DOCS = Path("docs/results.md")
 MARKERS = re.compile(r"(<!-- (table|domains) (\w+) ([\w.,]+) -->\n).*?(<!-- end -->)", re.DOTALL)
