@@ -213,7 +213,7 @@ class TopK(nn.Module):
     """Masks by scores: no noise, no multipliers, and at every step exactly as many units as asked.
 
     Of each row the highest scores are open, the others 0; how many falls from all units to the target's over `ramp` steps.
-    An open unit's value is exp(gain), 1 at first: it makes up for what the closed ones gave, and compact.py folds it into the
+    An open unit's value is exp(gain), 1 at first: it makes up for what closed ones gave, and compact.py folds it into the
     weights.  Gradients reach the scores straight through (Bengio et al. 2013, arXiv 1308.3432), as if a value were
     sigmoid(score - the row's threshold), so a closed unit that is missed comes back.
     `scores` starts from what tools.importance wrote.  Two findings are built in (docs/results.md).  Soft masks never show what
