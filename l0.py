@@ -216,9 +216,9 @@ class TopK(nn.Module):
     An open unit's value is exp(gain), 1 at first: it makes up for what closed ones gave, and compact.py folds it into the
     weights.  Gradients reach the scores straight through (Bengio et al. 2013, arXiv 1308.3432), as if a value were
     sigmoid(score - the row's threshold), so a closed unit that is missed comes back.
-    `scores` starts from what tools.importance wrote.  Two findings are built in (docs/results.md).  Soft masks never show what
-    a zero does: learned so, they were worse than what they started from.  And a gradient says little of what closing a whole
-    layer does: BLOCKS stay as they start, closed from the first step on.
+    `scores` starts from what tools.importance wrote.  Two findings are built in (docs/results.md).  Soft masks do not show
+    what a zero does: learned so, they were worse than what they started from.  And a gradient says little of what closing a
+    whole layer does: BLOCKS stay as they start, closed from the first step on.
     """
 
     def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, ramp: int = 1, seed: int = 0):
