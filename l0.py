@@ -186,6 +186,14 @@ class L0(nn.Module):
         """What the gradients of the masks reach."""
         return list(self.log_alpha.values())
 
+    def finish_gradients_(self, step: int, *, warmup: int, start: float = 0.0) -> dict[str, Tensor]:
+        """Add the Lagrangian's gradients, which are the same on every rank, to those of the tokens.  Returns what to log."""
+        if not self.sets:
+            return {}
+        lagrangian = self.lagrangian(step, warmup=warmup, start=start)
+        lagrangian.backward()
+        return {"loss/lagrangian": lagrangian.detach()}
+
     @torch.no_grad()
     def metrics(self, step: int, *, warmup: int, start: float = 0.0) -> tuple[dict[str, float | Tensor], dict[str, Tensor]]:
         """For the log after `step` steps: sparsities (row means), targets and multipliers; and P(z != 0) of each unit."""
@@ -221,13 +229,11 @@ class TopK(nn.Module):
     whole layer does: BLOCKS stay as they start, closed from the first step on.
     """
 
-    def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, ramp: int = 1, seed: int = 0):
+    def __init__(self, sets: dict[str, tuple[tuple[int, ...], int]], *, ramp: int = 1):
         super().__init__()
         self.sets, self.ramp = dict(sets), ramp
-        generator = torch.Generator().manual_seed(seed)
-        self.scores = nn.ParameterDict({
-            name: nn.Parameter(torch.empty(shape).normal_(0.0, 0.01, generator=generator), requires_grad=name not in BLOCKS)
-            for name, (shape, _) in sets.items()})
+        self.scores = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape), requires_grad=name not in BLOCKS)
+                                        for name, (shape, _) in sets.items()})
         self.gains = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape)) for name, (shape, _) in sets.items()})
 
     @torch.no_grad()
@@ -239,16 +245,20 @@ class TopK(nn.Module):
 
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
         """For AdamW, see L0; scores with an eps that makes a step the mean gradient itself, since Adam's scale for each unit
-        would move those that do not matter as far as those that do.  `even_rows_` sets the scale, and not the clipping."""
+        would move those that do not matter as far as those that do.  `finish_gradients_` sets the scale, not the clipping."""
         eps, scores = 100.0, [p for p in self.scores.values() if p.requires_grad]
         return [dict(name="scores", params=scores, lr=mask_lr * eps, eps=eps, clip=math.inf),
                 dict(name="gains", params=list(self.gains.values()), lr=mask_lr * GAIN_RATE, clip=math.inf)]
 
     @torch.no_grad()
-    def even_rows_(self) -> None:
-        """Divide the gradients of each row of scores by their root mean square, in place, before the optimizer's step."""
+    def finish_gradients_(self, step: int, **ramp) -> dict[str, Tensor]:
+        """Divide those of each row of scores by their root mean square, in place, before the step.  Nothing to log."""
         for p in (p for p in self.scores.values() if p.requires_grad):
             p.grad /= p.grad.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+        return {}
+
+    def clamp_(self) -> None:
+        """Scores have no bounds."""
 
     def count(self, name: str, step: int) -> int:
         """Units open in each row of a set at a step."""

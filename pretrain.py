@@ -22,8 +22,8 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, clip_and_step, lr_factor, make_optimizer, no_sync, shard,
                            start_processes, used_up, wrap)
 from run.settings import TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.teacher import flops_per_token, open_teacher, teacher_config
-from run.weights import load_weights, at_newest, read_model_config
+from run.teacher import open_teacher, teacher_config
+from run.weights import at_newest, load_weights, read_model_config
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def main(cfg: PretrainSettings) -> None:
     cfg = at_newest(cfg)
     with user_errors():
         shape = model_config(cfg)
-    taught = teacher_config(cfg, shape)
+    parts = Parts(Transformer, teacher=teacher_config(cfg, shape))
     if cfg.plan:
-        return print(report(cfg, shape, {}, Parts(Transformer, teacher=taught)))
+        return print(report(cfg, shape, {}, parts))
     processes = start_processes(cfg)
     signals = Signals(processes)
     with user_errors():
@@ -96,10 +96,11 @@ def main(cfg: PretrainSettings) -> None:
     if checkpoint is not None or cfg.resume:
         processes.say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {cfg.out_dir} yet: the run begins")
     processes.say(f"{shape.n_params():,} parameters")
-    processes.on_main(preflight, cfg, processes, shape, {}, data, state, taught)
+    flops_per_token = processes.on_main(preflight, cfg, processes, shape, {}, parts, data, state)
     model, optimizer = build(cfg, shape, checkpoint, processes)
-    teacher = open_teacher(cfg, taught, Transformer, processes)
-    train(cfg, processes, signals, data, sampler, state, model, teacher, optimizer, assets)
+    teacher = open_teacher(cfg, parts.teacher, Transformer, processes)
+    metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token)
+    train(cfg, processes, signals, metrics, data, sampler, state, model, teacher, optimizer, assets)
 
 
 def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, optimizer: torch.optim.AdamW, sampler: Sampler,
@@ -134,15 +135,14 @@ def train_step(cfg: PretrainSettings, processes: Processes, model: nn.Module, op
     return found
 
 
-def train(cfg: PretrainSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, teacher: Transformer | None, optimizer: torch.optim.AdamW, assets: list[Path]) -> None:
+def train(cfg: PretrainSettings, processes: Processes, signals: Signals, metrics: Metrics, data: RunData, sampler: Sampler,
+          state: RunState, model: Transformer, teacher: Transformer | None, optimizer: torch.optim.AdamW,
+          assets: list[Path]) -> None:
     """Before each step and after the last one, in this order: evaluate and steer, draw the next batch, save, stop.
 
     So a checkpoint of step s is the run after s steps and the evaluation that belongs there, and no stop comes unsaved.
     """
     wrapped = wrap(model, cfg, processes)
-    metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token(
-        model.cfg, teacher and teacher.cfg, cfg.seq_len))
     first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps

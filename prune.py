@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +32,8 @@ from run.plan import Parts, preflight, report
 from run.processes import (Processes, RunState, Signals, average_gradients, clip_and_step, lr_factor, make_optimizer,
                            no_sync, shard, start_processes, used_up, wrap)
 from run.settings import FilePath, TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
-from run.teacher import flops_per_token, open_teacher, teacher_config
-from run.weights import latest_checkpoint, load_weights, at_newest, read_model_config, read_tensors
+from run.teacher import open_teacher, teacher_config
+from run.weights import at_newest, load_weights, newest_in, read_model_config, read_tensors
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,16 @@ def mask_metrics(masks: L0 | TopK, source: ModelConfig, cfg: PruneSettings, step
 
 def load_scores(folder: str, sets: dict) -> dict[str, Tensor]:
     """The scores that tools.importance wrote for these mask sets.  Raises UserError."""
-    path = (latest_checkpoint(folder) or Path(folder)) / "masks.safetensors"
-    found = read_tensors(path, {name: p.shape for name, p in TopK(sets).state_dict().items()})
+    shapes = {name: p.shape for name, p in TopK(sets).state_dict().items()}
+    found = read_tensors(newest_in(folder) / "masks.safetensors", shapes)
     return {name.removeprefix("scores."): tensor for name, tensor in found if name.startswith("scores.")}
+
+
+def make_masks(cfg: PruneSettings, sets: dict) -> L0 | TopK:
+    """As cfg.relaxation says, before any training."""
+    if cfg.relaxation == "sample":
+        return L0(sets, count=cfg.count, seed=cfg.seed)
+    return TopK(sets, ramp=cfg.lagrangian_warmup_steps)
 
 
 def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path | None, processes: Processes):
@@ -101,9 +109,8 @@ def build(cfg: PruneSettings, source: ModelConfig, sets: dict, checkpoint: Path 
     with torch.device("meta"):
         model = Transformer(source, attention=cfg.attention, checkpointing=cfg.checkpointing)
     model = load_weights(shard(model, cfg, processes).to_empty(device=processes.device), checkpoint or cfg.init_from)
-    masks = (L0(sets, count=cfg.count, seed=cfg.seed) if cfg.relaxation == "sample" else
-             TopK(sets, ramp=cfg.lagrangian_warmup_steps, seed=cfg.seed)).to(processes.device)
-    if cfg.init_scores:
+    masks = make_masks(cfg, sets).to(processes.device)
+    if cfg.init_scores and checkpoint is None:
         masks.start_from(load_scores(cfg.init_scores, sets))
     model.requires_grad_(not cfg.freeze_weights)
     optimizer = make_optimizer([
@@ -134,9 +141,9 @@ def shapes(cfg: PruneSettings) -> tuple[ModelConfig, ModelConfig, dict]:
 def main(cfg: PruneSettings) -> None:
     cfg = at_newest(cfg)
     source, target, sets = shapes(cfg)
-    taught = teacher_config(cfg, source)
+    parts = Parts(Transformer, partial(make_masks, cfg), teacher_config(cfg, source), frozen=cfg.freeze_weights)
     if cfg.plan:
-        return print(report(cfg, source, sets, Parts(Transformer, L0, taught)))
+        return print(report(cfg, source, sets, parts))
     check(not cfg.freeze_weights or cfg.relaxation == "sample" or not sets.keys() <= set(BLOCKS), "nothing to learn: topk "
           f"takes whole layers as init_scores has them; run compact.py on {cfg.init_scores}")
     processes = start_processes(cfg)
@@ -151,10 +158,11 @@ def main(cfg: PruneSettings) -> None:
         processes.say(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {cfg.out_dir} yet: the run begins")
     processes.say(f"{source.n_params():,} parameters -> {target.n_params():,}.  Masks: "
                   + (", ".join(f"{name} {shape}, {kept} kept" for name, (shape, kept) in sets.items()) or "none"))
-    processes.on_main(preflight, cfg, processes, source, sets, data, state, taught)
+    flops_per_token = processes.on_main(preflight, cfg, processes, source, sets, parts, data, state)
     model, masks, optimizer = build(cfg, source, sets, checkpoint, processes)
-    teacher = open_teacher(cfg, taught, Transformer, processes)
-    train(cfg, processes, signals, data, sampler, state, model, teacher, masks, optimizer, target, assets)
+    teacher = open_teacher(cfg, parts.teacher, Transformer, processes)
+    metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token)
+    train(cfg, processes, signals, metrics, data, sampler, state, model, teacher, masks, optimizer, target, assets)
     for name, z in (masks.deterministic() if cfg.relaxation == "sample" else {}).items():
         asked, (dead, between) = masks.target_sparsity(name, cfg.max_steps, warmup=0), undecided(z)
         processes.say(f"{name}: expected sparsity {float(masks.sparsity()[name].detach().mean()):.4f}, "
@@ -191,30 +199,22 @@ def train_step(cfg: PruneSettings, processes: Processes, model: nn.Module, masks
         found = {name: found.get(name, 0) + loss.detach() / accum for name, loss in losses.items()}
         mark("backward")
     average_gradients(masks.units(), processes)
-    if masks.sets and cfg.relaxation == "sample":
-        lagrangian = masks.lagrangian(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
-        lagrangian.backward()  # after averaging: it is the same on every rank
-        found["loss/lagrangian"] = lagrangian.detach()
-    if cfg.relaxation == "topk":
-        masks.even_rows_()
+    found |= masks.finish_gradients_(step, warmup=cfg.lagrangian_warmup_steps, start=cfg.start_sparsity)
     mark("masks")
     found |= clip_and_step(optimizer, lr_factor(step, cfg), cfg.grad_clip)
-    if cfg.relaxation == "sample":
-        masks.clamp_()
+    masks.clamp_()
     mark("optimizer")
     return found
 
 
-def train(cfg: PruneSettings, processes: Processes, signals: Signals, data: RunData, sampler: Sampler, state: RunState,
-          model: Transformer, teacher: Transformer | None, masks: L0 | TopK, optimizer: torch.optim.AdamW,
+def train(cfg: PruneSettings, processes: Processes, signals: Signals, metrics: Metrics, data: RunData, sampler: Sampler,
+          state: RunState, model: Transformer, teacher: Transformer | None, masks: L0 | TopK, optimizer: torch.optim.AdamW,
           target: ModelConfig, assets: list[Path]) -> None:
     """Before each step and after the last one, in this order: evaluate and steer, draw the next batch, save, stop.
 
     So a checkpoint of step s is the run after s steps and the evaluation that belongs there, and no stop comes unsaved.
     """
     wrapped = wrap(model, cfg, processes)
-    metrics = Metrics(cfg, processes, state, flops_per_token=flops_per_token(
-        model.cfg, teacher and teacher.cfg, cfg.seq_len))
     first = state.step
     for step in range(first, cfg.max_steps + 1):
         last = step == cfg.max_steps

@@ -49,6 +49,7 @@ class Parts:
     model: Callable[..., nn.Module]  # model.Transformer
     masks: Callable[..., nn.Module] | None = None  # l0.L0, of a stage that has masks
     teacher: object | None = None  # the shape of a frozen model to learn from
+    frozen: bool = False  # the masks alone are trained
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class StepCost:
     """One micro-batch of one device, where nothing is sharded: bytes, and what is done."""
 
     weights: float
+    gradients: float
     optimizer: float
     activations: float  # alive at the end of a forward pass, for the backward pass
     peak: float  # of all, at any moment of a step
@@ -203,27 +205,31 @@ def step_cost(shape, sets: dict, cfg: TrainSettings, parts: Parts, *, half: bool
     # Between the ends, a layer's peak lies between theirs: each has one layer's gradients more and activations less.
     ends = [("forward",) * 2, ("loss",) * 2, tuple(f"layer {k - 1}" for k in n), ("layer 0",) * 2, ("embedding",) * 2,
             ("optimizer",) * 2]
-    peak = max(at_all_layers([p[name] for p, name in zip(peaks, names)]) for names in ends)
+    peak = max(at_all_layers([p[name] for p, name in zip(peaks, names)]) for names in ends
+               if all(name in p for p, name in zip(peaks, names)))  # no gradient comes to an embedding that is frozen
 
     def work(kinds: Callable[[str], bool]) -> Work:
         sums = [sum((w for phase, w in each.items() if kinds(phase)), Work()) for each in works]
         return Work(*(at_all_layers([getattr(s, f.name) for s in sums]) for f in dataclasses.fields(Work)))
 
-    return StepCost(*(at_all_layers([each[i] for each in numbers]) for i in range(3)), peak,
+    return StepCost(*(at_all_layers([each[i] for each in numbers]) for i in range(4)), peak,
                     at_all_layers([p["evaluation"] for p in peaks]),
                     work(lambda phase: phase not in ("optimizer", "evaluation")), work("optimizer".__eq__),
                     work("evaluation".__eq__))
 
 
 def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool, checkpointing: str, gradients_stay: bool,
-                 dtype: torch.dtype) -> tuple[tuple[int, int, int], dict[str, int], dict[str, Work]]:
-    """(bytes of weights, optimizer and activations; most bytes by phase; work by phase) of all the layers of a shape."""
+                 dtype: torch.dtype) -> tuple[tuple[int, int, int, int], dict[str, int], dict[str, Work]]:
+    """(bytes of weights, gradients, optimizer and activations; most bytes by phase; work by phase) of all the layers of a shape."""
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         model = made_in(dtype, parts.model, shape, checkpointing)
+        model.requires_grad_(not parts.frozen)
         weights, masks = counter.now, parts.masks(sets) if sets else None
-        trained = [*model.parameters(), *(masks.parameters() if masks else ())]
-        optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=1.0)]
+        own = [p for p in model.parameters() if p.requires_grad]
+        trained = [*own, *(p for p in (masks.parameters() if masks else ()) if p.requires_grad)]
+        gradients = weights if own else 0
+        optimizer = make_optimizer([dict(name="weights", params=own, lr=1.0)]
                                    + (masks.parameter_groups(mask_lr=1.0, multiplier_lr=1.0) if masks else []))
         for again in range(1 + gradients_stay):
             for p in trained:
@@ -231,7 +237,7 @@ def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool
             if not again:
                 clip_and_step(optimizer, 1.0, 1.0)  # makes the optimizer's state
         held = counter.now
-        optimizer_bytes = held - weights * (1 + gradients_stay)
+        optimizer_bytes = held - weights - gradients * gradients_stay
 
         def enter_at(module: nn.Module, phase: str) -> None:  # when the gradient of its output is there
             def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -264,11 +270,11 @@ def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool
         counter.enter("loss")
         loss.backward()
         if masks:
-            masks.lagrangian(1, warmup=1).backward()
+            masks.finish_gradients_(1, warmup=1)
         del loss
         counter.enter("optimizer")
         clip_and_step(optimizer, 1.0, 1.0)
-        return (weights, optimizer_bytes, activations), counter.peak, counter.work
+        return (weights, gradients, optimizer_bytes, activations), counter.peak, counter.work
 
 
 def compute_dtype(half: bool) -> torch.dtype:
@@ -340,18 +346,30 @@ def of_student(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int
     if cfg.parallel == "ddp" or devices == 1:
         stay = devices > 1 or cfg.global_batch_size > cfg.micro_batch_size
         m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=stay)
-        return {"weights": m.weights, "gradients": m.weights, "optimizer": m.optimizer, "gathered": 0,
+        return {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "gathered": 0,
                 "activations": m.activations, "peak": max(m.peak, m.evaluation_peak)}, m
     # FSDP: weights come whole in the dtype of autocast, two layers (one computing, one on its way) with embedding and head;
     # one gradient is whole in fp32.  What a step of one device needs beside weights, gradients and state is not shared.
     m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=True,
                   dtype=compute_dtype(half))
     layer, rest = layer_and_rest(shape)
-    share = 4 * shape.n_params() / devices
-    fixed = {"weights": share, "gradients": share, "optimizer": 2 * share,
-             "gathered": (2 * layer + rest) * (2 if half else 4) + 4 * max(layer, rest)}
-    not_shared = max(m.peak, m.evaluation_peak) - 2 * m.weights - m.optimizer
+    share, trained = 4 * shape.n_params() / devices, not parts.frozen
+    fixed = {"weights": share, "gradients": share * trained, "optimizer": 2 * share * trained,
+             "gathered": (2 * layer + rest) * (2 if half else 4) + 4 * max(layer, rest) * trained}
+    not_shared = max(m.peak, m.evaluation_peak) - m.weights - m.gradients - m.optimizer
     return fixed | {"activations": m.activations, "peak": sum(fixed.values()) + not_shared}, m
+
+
+def operations(shape, sets: dict, cfg: TrainSettings, parts: Parts) -> float:
+    """Of products and attention a token: those of the formula, and a forward pass of the teacher; if only masks are trained
+    those of a step that is counted, since of frozen weights only the masked ones take a gradient.
+    """
+    alone = shape.train_flops_per_token(cfg.seq_len)
+    if parts.frozen:
+        step = step_cost(shape, sets, cfg, parts, half=False, checkpointing="none", gradients_stay=False)
+        alone = step.micro_step.flops / (cfg.micro_batch_size * cfg.seq_len)
+        return alone  # the teacher's head among them
+    return alone + (parts.teacher.train_flops_per_token(cfg.seq_len) / 3 if parts.teacher else 0.0)
 
 
 def evaluations(cfg: TrainSettings) -> tuple[int, int]:
@@ -361,8 +379,8 @@ def evaluations(cfg: TrainSettings) -> tuple[int, int]:
 
 
 def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: str, *, domains: int,
-                checkpoint_bytes: int, teacher=None) -> dict[str, float]:
-    """Seconds of a whole run by what takes them, on paper.  gpu: a key of MACHINES.  teacher: its shape.
+                checkpoint_bytes: int, parts: Parts) -> dict[str, float]:
+    """Seconds of a whole run by what takes them, on paper.  gpu: a key of MACHINES.
 
     "in all" counts of the messages only those that last longer than the computation that hides them.
     """
@@ -379,9 +397,10 @@ def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: st
 
     products, traffic = (micro_steps * s for s in seconds(cost.micro_step))
     # FSDP gathers for the forward and again for the backward pass, and scatters fp32 gradients; DDP all-reduces those once
-    messages = micro_steps * sent * (2 * number + 4) if sharded else steps * sent * 2 * 4
-    if teacher is not None and sharded:
-        messages += micro_steps * sent * number * teacher.n_params() / n
+    scattered = 0 if parts.frozen else 4
+    messages = micro_steps * sent * (2 * number + scattered) if sharded else steps * sent * 2 * scattered
+    if parts.teacher is not None and sharded:
+        messages += micro_steps * sent * number * parts.teacher.n_params() / n
     update = steps * seconds(cost.update)[1] / (devices if sharded else 1)
     batches = math.ceil(domains * evaluations(cfg)[1] / (cfg.rows_of_evaluation * devices))
     evaluation = batches * max(sum(seconds(cost.evaluation)), sent * number * sharded)

@@ -11,11 +11,11 @@ import shutil
 import typing
 from pathlib import Path
 
-from run.cost import DISK, FITS, LINKS, MACHINES, PRODUCTS, TRAFFIC, Parts, candidates, evaluations, per_device, run_seconds
+from run.cost import (DISK, FITS, LINKS, MACHINES, PRODUCTS, TRAFFIC, Parts, candidates, evaluations, operations, per_device,
+                      run_seconds)
 from run.metrics import PEAK_FLOPS
 from run.processes import Processes, RunState
 from run.settings import TrainSettings, UserError, by_domain, check, user_errors
-from run.teacher import flops_per_token
 from run.weights import all_checkpoints, let_go, step_of
 
 CHECKPOINTING = typing.get_args(TrainSettings.__annotations__["checkpointing"])
@@ -28,14 +28,14 @@ def report(cfg: TrainSettings, shape, sets: dict, parts: Parts) -> str:
     check(accum == int(accum), f"global_batch_size = {cfg.global_batch_size} does not divide by micro_batch_size x plan = "
           f"{cfg.micro_batch_size} x {devices}")
     tokens, domains = cfg.global_batch_size * cfg.seq_len, n_domains(cfg)
-    operations = flops_per_token(shape, parts.teacher, cfg.seq_len)
+    flops = operations(shape, sets, cfg, parts)
     n, sequences = evaluations(cfg)
     beside = [f"; teacher {parts.teacher.n_params():,}"] if parts.teacher else []
     beside += [f"; masks {n} {s}" for n, (s, _) in sets.items()]
     lines = [f"parameters           {shape.n_params():,}{''.join(beside)}",
              f"tokens a step        {tokens:,} = {devices} devices x {int(accum)} micro-steps x {cfg.micro_batch_size} "
              f"sequences x {cfg.seq_len}",
-             f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps, {operations:.3g} operations "
+             f"tokens in all        {tokens * cfg.max_steps:,} in {cfg.max_steps:,} steps, {flops:.3g} operations "
              f"a token; forward only {domains * sequences * cfg.seq_len:,} in {n} evaluations of {domains} domains",
              f"GB on each device    {''.join(f'{kind:>12}' for kind in CHECKPOINTING)}   (checkpointing, here "
              f"{cfg.checkpointing}; {cfg.parallel}; without the device's context and what its allocator loses)"]
@@ -43,20 +43,19 @@ def report(cfg: TrainSettings, shape, sets: dict, parts: Parts) -> str:
     names = list(found[cfg.checkpointing][0])
     lines += [f"  {name:<19}" + "".join(f"{bytes_of[name] / GB:>12.2f}" for bytes_of, _ in found.values()) for name in names]
     lines.insert(3, f"settled              {resolved(cfg)}")
-    lines += hours(cfg, shape, sets, parts, found[cfg.checkpointing][1], domains)
-    n, size = checkpoints(cfg, 0, []), checkpoint_bytes(shape, sets)
+    lines += hours(cfg, shape, sets, parts, found[cfg.checkpointing][1], domains, flops)
+    n, size = checkpoints(cfg, 0, []), checkpoint_bytes(shape, sets, parts.frozen)
     lines += [f"disk                 {amount(n * size)}: checkpoints of {amount(size)}, at most {n} at once"]
     return "\n".join(lines)
 
 
-def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: int) -> list[str]:
+def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: int, flops: float) -> list[str]:
     """The lines of time: of these settings on each GPU by what takes it, and the fastest settings that fit there."""
-    devices, size = cfg.plan, checkpoint_bytes(shape, sets)
+    devices, size = cfg.plan, checkpoint_bytes(shape, sets, parts.frozen)
     tokens = cfg.max_steps * cfg.global_batch_size * cfg.seq_len / devices
 
     def seconds(settings: TrainSettings, step, gpu: str) -> dict[str, float]:
-        return run_seconds(shape, settings, step, devices, gpu, domains=domains, checkpoint_bytes=size,
-                           teacher=parts.teacher)
+        return run_seconds(shape, settings, step, devices, gpu, domains=domains, checkpoint_bytes=size, parts=parts)
 
     def row(name: str, cells: list[str]) -> str:
         return f"  {name:<19}" + "".join(f"{cell:>18}" for cell in cells)
@@ -66,7 +65,6 @@ def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: in
              f"{PRODUCTS:.0%} of the peak, memory at {TRAFFIC:.0%}, links at {LINKS:.0%}, disk {DISK / GB:.0f} GB/s)"]
     lines += [row(name, [f"{each[name] / 3600:.2f}" for each in here]) for name in here[0]]
     rates = [tokens / (each["in all"] - each["evaluations"] - each["checkpoints"]) for each in here]
-    flops = flops_per_token(shape, parts.teacher, cfg.seq_len)
     lines.append(row("tokens/s a device", [f"{rate:,.0f} ({rate * flops / PEAK_FLOPS[gpu]:.0%} MFU)"
                                            for rate, gpu in zip(rates, MACHINES)]))
     tried, best = list(candidates(shape, sets, cfg, parts, devices, CHECKPOINTING)), []
@@ -93,9 +91,11 @@ def in_data_dir(cfg: TrainSettings) -> set[str]:
     return {path.parent.name for path in Path(cfg.data_dir).glob(f"*/{cfg.split}*.json")}
 
 
-def checkpoint_bytes(shape, sets: dict) -> int:
-    """Of one checkpoint: weights and both of AdamW's moments in fp32, of the masks too; what is small left out."""
-    return 12 * (shape.n_params() + sum(math.prod(s) for s, _ in sets.values()))
+def checkpoint_bytes(shape, sets: dict, frozen: bool = False) -> int:
+    """Of one checkpoint: weights and, unless they are frozen, both of AdamW's moments in fp32, of the masks too; what is
+    small left out.
+    """
+    return (4 if frozen else 12) * shape.n_params() + 12 * sum(math.prod(s) for s, _ in sets.values())
 
 
 def checkpoints(cfg: TrainSettings, first: int, there: list[int]) -> int:
@@ -121,10 +121,13 @@ def amount(n: float) -> str:
     return f"{n / GB:,.1f} GB" if n >= GB else f"{n / 1e6:.1f} MB"
 
 
-def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data, state: RunState,
-              teacher=None) -> None:
-    """Before the first step: say what the run comes to.  For rank 0.  Raises UserError if it could not end."""
-    sequences = (cfg.max_steps - state.step) * cfg.global_batch_size
+def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, parts: Parts, data,
+              state: RunState) -> float:
+    """Before the first step: say what the run comes to.  For rank 0.  Raises UserError if it could not end.
+
+    Returns the operations of a token.
+    """
+    sequences, flops = (cfg.max_steps - state.step) * cfg.global_batch_size, operations(shape, sets, cfg, parts)
     left_out = sorted(in_data_dir(cfg) - set(data.domains))
     if left_out:
         processes.say(f"note: domain_weights leaves out what {cfg.data_dir} has too: {', '.join(left_out)}")
@@ -147,7 +150,7 @@ def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data,
             data.verify()
     processes.say(resolved(cfg))
     there = [step_of(path) for path in all_checkpoints(cfg.out_dir)]
-    n, size = checkpoints(cfg, state.step, there) - len(there), checkpoint_bytes(shape, sets)  # more than now, at most
+    n, size = checkpoints(cfg, state.step, there) - len(there), checkpoint_bytes(shape, sets, parts.frozen)  # more, at most
     try:
         free = shutil.disk_usage(cfg.out_dir).free
     except OSError as error:
@@ -161,5 +164,6 @@ def preflight(cfg: TrainSettings, processes: Processes, shape, sets: dict, data,
     processes.say(f"steps {state.step:,} to {cfg.max_steps:,} of {tokens:,} tokens on {processes.world} x "
                   f"{processes.device.type} ({cfg.parallel if processes.world > 1 else 'alone'}, "
                   f"{str(processes.dtype).removeprefix('torch.')}): {sequences * cfg.seq_len:,} tokens, "
-                  f"{flops_per_token(shape, teacher, cfg.seq_len) * sequences * cfg.seq_len:.2g} operations, "
+                  f"{flops * sequences * cfg.seq_len:.2g} operations, "
                   f"{n} more checkpoints of {amount(size)}, {amount(free)} free")
+    return flops

@@ -41,8 +41,3 @@ def open_teacher(cfg: TrainSettings, shape, model_class: type[nn.Module], proces
     if cfg.compile:
         compile_layers(model)
     return model
-
-
-def flops_per_token(shape, teacher, seq_len: int) -> float:
-    """Of training this shape, a forward pass of the teacher's (None: there is none) among them."""
-    return shape.train_flops_per_token(seq_len) + (teacher.train_flops_per_token(seq_len) / 3 if teacher else 0.0)

@@ -65,14 +65,16 @@ def test_config_fits_its_gpus(path):
     """Planned at its own number of devices; what it says of its memory is what the plan says."""
     cfg, source = parse(path), source_of(path)
     sets = mask_sets(source, prune.target_config(cfg, source)) if isinstance(cfg, prune.PruneSettings) else {}
-    bytes_of, cost = per_device(source, sets, cfg, Parts(Transformer, L0), world(path), checkpointing=cfg.checkpointing)
+    parts = Parts(Transformer, L0)
+    bytes_of, cost = per_device(source, sets, cfg, parts, world(path), checkpointing=cfg.checkpointing)
     assert bytes_of["peak"] < FITS * MACHINES["A100"].memory and FITS == 0.85
     if said := re.search(r"(\d+) GB a GPU by --plan=(\d+)", path.read_text()):
         assert (float(said[1]), int(said[2])) == (pytest.approx(bytes_of["peak"] / 1e9, abs=1), world(path))
     if "7b_to" in path.stem:  # evaluations are held to a tenth of the run, checkpoints left out
         assert evaluations(cfg) == (65, 2 * 500 + 63 * 50)
         for gpu in MACHINES:
-            t = run_seconds(source, cfg, cost, world(path), gpu, domains=7, checkpoint_bytes=checkpoint_bytes(source, sets))
+            t = run_seconds(source, cfg, cost, world(path), gpu, domains=7, checkpoint_bytes=checkpoint_bytes(source, sets),
+                            parts=parts)
             assert t["evaluations"] < 0.1 * (t["in all"] - t["checkpoints"]), (gpu, t)
 
 

@@ -333,7 +333,7 @@ def test_a_step_moves_a_score_by_its_share_of_the_gradient_of_its_row():
     optimizer = make_optimizer(masks.parameter_groups(mask_lr=0.1, multiplier_lr=1.0))
     worth = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1e-6, 2e-6, 0.0]])  # of an open unit to the loss, which is to fall
     (masks.sample(0, 0, 0)["intermediate"] * worth).sum().backward()
-    masks.even_rows_()
+    masks.finish_gradients_(0)
     clip_and_step(optimizer, 1.0, 1e-3)  # clipping is for weights
     moved = masks.scores["intermediate"].detach() - before
     even = worth / worth.square().mean(-1, keepdim=True).sqrt()
@@ -347,6 +347,6 @@ def test_a_unit_that_the_start_overlooks_comes_back():
     target = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0, 0.5])
     for step in range(80):
         (masks.sample(0, step, 0)["hidden"] - target).square().sum().backward()
-        masks.even_rows_()
+        masks.finish_gradients_(step)
         clip_and_step(optimizer, 1.0, 1.0)
     torch.testing.assert_close(masks.deterministic()["hidden"], target, rtol=0.05, atol=0)  # units and what they are worth

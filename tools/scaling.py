@@ -110,7 +110,7 @@ def paper() -> None:
         eager = PretrainSettings(data_dir="-", out_dir="-", init_from="-", update="constant", seq_len=SEQ_LEN, max_steps=1,
                                  parallel=parallel, global_batch_size=sequences, micro_batch_size=micro, device="cuda")
         _, step = per_device(shape, {}, eager, Parts(Transformer), gpus, checkpointing="selective")
-        found = [run_seconds(shape, cfg, step, gpus, gpu, domains=0, checkpoint_bytes=0)
+        found = [run_seconds(shape, cfg, step, gpus, gpu, domains=0, checkpoint_bytes=0, parts=Parts(Transformer))
                  for cfg in (eager, dataclasses.replace(eager, compile=True))]
         rates = [sequences * SEQ_LEN / gpus / each["in all"] for each in found]
         flops = shape.train_flops_per_token(SEQ_LEN) / PEAK_FLOPS[gpu]

@@ -167,7 +167,7 @@ def test_more_work_takes_longer(source):
 
     def seconds(devices=8, **changes):
         return run_seconds(shape, dataclasses.replace(cfg, **changes), step, devices, "A100", domains=3,
-                           checkpoint_bytes=10**9)
+                           checkpoint_bytes=10**9, parts=parts)
 
     base = seconds()
     assert base["checkpoints"] == 2 and base["in all"] <= sum(base.values()) - base["in all"]

@@ -8,8 +8,7 @@ from conftest import (STAGES, flags, pretrain_settings, random_model, refusal, r
                       train_lines, without_speed, write_model)
 
 from model import Transformer
-from run.cost import Parts, per_device, run_seconds, step_cost, teacher_cost
-from run.teacher import flops_per_token
+from run.cost import Parts, operations, per_device, run_seconds, step_cost, teacher_cost
 
 SHAPE = tiny_config(hidden_size=40, n_layers=2, head_dim=10, intermediate_size=32)
 
@@ -107,13 +106,14 @@ def test_the_plan_counts_the_teacher(source):
     tokens = cfg.micro_batch_size * seq_len
     assert (taught[1].micro_step.flops - alone[1].micro_step.flops == pytest.approx(
         SHAPE.train_flops_per_token(seq_len) / 3 * tokens))
-    assert taught[1].micro_step.flops == pytest.approx(flops_per_token(shape, SHAPE, seq_len) * tokens)
+    assert taught[1].micro_step.flops == pytest.approx(operations(shape, {}, cfg, parts) * tokens)
     assert taught[0]["teacher"] == 2 * SHAPE.n_params() and taught[1].evaluation == alone[1].evaluation
     assert taught[0]["peak"] >= alone[0]["peak"] + taught[0]["teacher"]
     rest = SHAPE.vocab_size * SHAPE.hidden_size * 2
     sharded = per_device(shape, {}, cfg, parts, 4, checkpointing="none")
     assert sharded[0]["teacher"] == pytest.approx(2 * (SHAPE.n_params() / 4 + 2 * (SHAPE.n_params() - rest) / 2 + rest))
-    a, b = (run_seconds(shape, cfg, sharded[1], 4, "H100", domains=1, checkpoint_bytes=1, teacher=t) for t in (None, SHAPE))
+    a, b = (run_seconds(shape, cfg, sharded[1], 4, "H100", domains=1, checkpoint_bytes=1, parts=each)
+            for each in (Parts(Transformer), parts))
     assert b["messages"] > a["messages"] and b["products"] == a["products"]
 
 
@@ -134,8 +134,8 @@ def test_a_plan_and_the_first_lines_of_a_run_tell_of_the_teacher(tmp_path, data_
     out = capsys.readouterr().out
     assert f"; teacher {SHAPE.n_params():,}" in out and "\n  teacher  " in out
     main(make(data_dir, tmp_path / "out", source, teacher=teacher, max_steps=1))
-    operations = flops_per_token(tiny_config(), SHAPE, 32) * 8 * 32
-    assert f"256 tokens, {operations:.2g} operations" in capsys.readouterr().out
+    flops = (tiny_config().train_flops_per_token(32) + SHAPE.train_flops_per_token(32) / 3) * 8 * 32
+    assert f"256 tokens, {flops:.2g} operations" in capsys.readouterr().out
 
 
 def test_the_loss_keeps_no_logits_of_the_teacher(source):
