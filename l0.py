@@ -245,7 +245,7 @@ class TopK(nn.Module):
 
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
         """For AdamW, see L0; scores with an eps that makes a step the mean gradient itself, since Adam's scale for each unit
-        would move those that do not matter as far as those that do.  `finish_gradients_` sets the scale, not the clipping."""
+        would move those that do not matter as far as those that do.  `finish_gradients_` sets the scale, not clipping."""
         eps, scores = 100.0, [p for p in self.scores.values() if p.requires_grad]
         return [dict(name="scores", params=scores, lr=mask_lr * eps, eps=eps, clip=math.inf),
                 dict(name="gains", params=list(self.gains.values()), lr=mask_lr * GAIN_RATE, clip=math.inf)]

@@ -316,7 +316,7 @@ class HeadLoss(torch.autograd.Function):
         each, kl = torch.empty(N, dtype=wide, device=x.device), None
         rows = min(N, max(1, LOSS_BYTES // (wide.itemsize * V)))
         if teacher_x is not None:
-            kl, rows = torch.empty_like(each), (rows + 1) // 2
+            kl, rows = torch.empty_like(each), (rows + 2) // 3  # three buffers then
             teacher_x, teacher_head = teacher_x.to(dtype), teacher_head.to(dtype)
         # Buffers for all chunks: memory that is asked for anew costs a CPU as much time as all the softmax does.
         logits = torch.empty(rows, V, dtype=dtype, device=x.device)

@@ -220,7 +220,7 @@ def step_cost(shape, sets: dict, cfg: TrainSettings, parts: Parts, *, half: bool
 
 def counted_step(shape, sets: dict, cfg: TrainSettings, parts: Parts, half: bool, checkpointing: str, gradients_stay: bool,
                  dtype: torch.dtype) -> tuple[tuple[int, int, int, int], dict[str, int], dict[str, Work]]:
-    """(bytes of weights, gradients, optimizer and activations; most bytes by phase; work by phase) of all the layers of a shape."""
+    """(bytes of weights, gradients, optimizer, activations; most bytes by phase; work by phase) of all layers of a shape."""
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         model = made_in(dtype, parts.model, shape, checkpointing)

@@ -133,13 +133,13 @@ def test_a_plan_and_the_first_lines_of_a_run_tell_of_the_teacher(tmp_path, data_
     main(make(data_dir, tmp_path / "out", source, teacher=teacher, plan=1))
     out = capsys.readouterr().out
     assert f"; teacher {SHAPE.n_params():,}" in out and "\n  teacher  " in out
-    main(make(data_dir, tmp_path / "out", source, teacher=teacher, max_steps=1))
+    main(make(data_dir, tmp_path / "out", source, teacher=teacher, max_steps=1, warmup_steps=1))
     flops = (tiny_config().train_flops_per_token(32) + SHAPE.train_flops_per_token(32) / 3) * 8 * 32
     assert f"256 tokens, {flops:.2g} operations" in capsys.readouterr().out
 
 
 def test_the_loss_keeps_no_logits_of_the_teacher(source):
-    """Its two tensors of a chunk are half as long, so the peak of a step is that of a step without it, or less."""
+    """Three tensors of a chunk are a third as long, so the peak of a step is that of a step without it, or less."""
     cfg, shape = pretrain_settings("data", "out", source, seq_len=2048), tiny_config(vocab_size=32000, n_layers=1)
     taught = dataclasses.replace(SHAPE, vocab_size=32000)
     alone, beside = (step_cost(shape, {}, cfg, parts, half=True, checkpointing="full", gradients_stay=False)
