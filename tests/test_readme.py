@@ -105,7 +105,15 @@ def test_help(stage):
         assert f"--{name}=" in result.stdout
 
 
-def test_make_targets_exist():
+def test_what_is_started_exists():
+    """Each make target, each script of bash, each module and each file that Python is to run."""
     makefile = Path("Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, flags=re.M):
-        assert re.search(rf"^{target}:", makefile, flags=re.M)
+    targets = set(re.findall(r"(?:^|`)make (\w+)", DOCS, flags=re.M))
+    assert {"demo", "test", "gpu"} <= targets <= set(re.findall(r"^(\w+):", makefile, flags=re.M))
+    scripts = {*re.findall(r"bash (\S+\.sh)", DOCS),
+               *re.findall(r"(?:python3?|torchrun)(?: --?[\w=.:-]+)* (\S+\.py)", DOCS)}
+    modules = re.findall(r"-m (tools\.\w+)", DOCS)
+    listed = re.search(r"python -m tools\.demo, ([\w, ]+), \.\.\.", README)[1].split(", ")
+    assert {"configs/smollm2.sh", "prune.py"} <= scripts and len(modules) > 9 and "plot" in listed
+    for path in [*scripts, *(m.replace(".", "/") + ".py" for m in modules), *(f"tools/{name}.py" for name in listed)]:
+        assert Path(path).is_file(), path

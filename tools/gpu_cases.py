@@ -1,6 +1,6 @@
 """The checks of tools/gpu_check.py, one function each, on any device: where a GPU's kernels could differ from the CPU's.
 
-Each returns what it found, as text, and raises AssertionError if that is wrong.  tests/test_gpu.py runs them too.
+Each returns what it found, as text, and raises AssertionError if that is wrong.  tests/tools/test_gpu.py runs them too.
 """
 
 import dataclasses
