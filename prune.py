@@ -142,6 +142,7 @@ def main(cfg: PruneSettings) -> None:
     cfg = at_newest(cfg)
     source, target, sets = shapes(cfg)
     parts = Parts(Transformer, partial(make_masks, cfg), teacher_config(cfg, source), frozen=cfg.freeze_weights)
+    check(bool(sets) or not cfg.freeze_weights, "nothing to learn: freeze_weights, and no masks; give a target_*")
     if cfg.plan:
         return print(report(cfg, source, sets, parts))
     check(not cfg.freeze_weights or cfg.relaxation == "sample" or not sets.keys() <= set(BLOCKS), "nothing to learn: topk "

@@ -364,12 +364,11 @@ def operations(shape, sets: dict, cfg: TrainSettings, parts: Parts) -> float:
     """Of products and attention a token: those of the formula, and a forward pass of the teacher; if only masks are trained
     those of a step that is counted, since of frozen weights only the masked ones take a gradient.
     """
-    alone = shape.train_flops_per_token(cfg.seq_len)
     if parts.frozen:
-        step = step_cost(shape, sets, cfg, parts, half=False, checkpointing="none", gradients_stay=False)
-        alone = step.micro_step.flops / (cfg.micro_batch_size * cfg.seq_len)
-        return alone  # the teacher's head among them
-    return alone + (parts.teacher.train_flops_per_token(cfg.seq_len) / 3 if parts.teacher else 0.0)
+        _, step = per_device(shape, sets, cfg, parts, 1, checkpointing="none")
+        return step.micro_step.flops / (cfg.micro_batch_size * cfg.seq_len)
+    teacher = parts.teacher.train_flops_per_token(cfg.seq_len) / 3 if parts.teacher else 0.0
+    return shape.train_flops_per_token(cfg.seq_len) + teacher
 
 
 def evaluations(cfg: TrainSettings) -> tuple[int, int]:

@@ -90,7 +90,8 @@ def test_masks_learned_alone_leave_the_source_as_it_was_and_resume_to_the_bit(tm
     last = tmp_path / "whole" / "step_0000006"
     before, after = (load_file(folder / "model.safetensors") for folder in (source, last))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert {name.split(".")[1] for name in load_file(last / "optimizer.safetensors")} == {"scores"}  # no moments of weights
+    moments = {name.split(".")[1] for name in load_file(last / "optimizer.safetensors")}
+    assert moments == {"scores", "gains"}  # none of weights
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "step_0000006")
     prune.main(dataclasses.replace(whole, out_dir=str(tmp_path / "resumed"), resume=True))
@@ -102,6 +103,8 @@ def test_whole_layers_are_not_learned_from_a_frozen_source(tmp_path, data_dir, s
     depth = dict(target_hidden_size=None, target_n_heads=None, target_n_kv_heads=None, target_intermediate_size=None)
     with pytest.raises(UserError, match="nothing to learn"):
         prune.main(prune_settings(data_dir, tmp_path / "run", source, init_scores=scores, **SCORES, **depth))
+    with pytest.raises(UserError, match="nothing to learn: freeze_weights, and no masks"):
+        prune.main(prune_settings(data_dir, tmp_path / "run", source, freeze_weights=True, **SAME_SIZE))
     with pytest.raises(ValueError, match="topk starts from scores"):
         prune_settings(data_dir, tmp_path / "run", source, **SCORES)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import prune
 from l0 import L0, mask_sets
 from model import Transformer
 from run import cost, plan
-from run.cost import FITS, MACHINES, Counter, Parts, Work, per_device, run_seconds, step_cost
+from run.cost import FITS, MACHINES, Counter, Parts, Work, operations, per_device, run_seconds, step_cost
 from run.plan import checkpoint_bytes, checkpoints
 from run.processes import make_optimizer
 from run.settings import UserError
@@ -127,6 +128,36 @@ def test_two_layers_and_three_tell_of_all(source, checkpointing, T, stay, monkey
     for name, value in found[0].items():
         for a, b in zip(*([f[name].values() if isinstance(value, dict) else [f[name]] for f in found])):
             assert b == pytest.approx(a, rel=0.005), (name, found)
+
+
+@pytest.mark.parametrize("relaxation", ["sample", "topk"])
+def test_a_plan_of_masks_alone_has_no_gradients_or_moments_of_weights(source, relaxation):
+    """What is left of a step's products: all forward, gradients of inputs, and of the three weights that masks scale."""
+    shape, T = tiny_config(), 64
+    sets = mask_sets(shape, dataclasses.replace(shape, hidden_size=16, intermediate_size=20))
+    changes = dict(relaxation=relaxation, init_scores="x" if relaxation == "topk" else "", seq_len=T, device="cuda")
+    found = []
+    for cfg in (prune_settings("data", "out", source, freeze_weights=f, **changes) for f in (False, True)):
+        parts = Parts(Transformer, partial(prune.make_masks, cfg), frozen=cfg.freeze_weights)
+        one, step = per_device(shape, sets, cfg, parts, 1, checkpointing="none")
+        two, _ = per_device(shape, sets, dataclasses.replace(cfg, parallel="fsdp"), parts, 2, checkpointing="none")
+        seconds = run_seconds(shape, cfg, step, 2, "H100", domains=1, checkpoint_bytes=1, parts=parts)
+        found.append((one, two, step, seconds, operations(shape, sets, cfg, parts)))
+    (one, two, step, seconds, _), (one_alone, two_alone, step_alone, seconds_alone, flops) = found
+    masks, n = 4 * sum(p.numel() for p in parts.masks(sets).parameters()), 4 * shape.n_params()
+    for each in (one_alone, two_alone):
+        assert each["gradients"] == 0 and each["optimizer"] <= 5 * masks  # masks, gradients, moments, steps
+    assert one["gradients"] == n <= one["optimizer"] / 2 and one_alone["weights"] == one["weights"] == n
+    assert one["peak"] - one_alone["peak"] >= 2.5 * n and two_alone["peak"] < two["peak"]
+    d, q, f, L = shape.hidden_size, shape.n_heads * shape.head_dim, shape.intermediate_size, shape.n_layers
+    matrices = L * (2 * (shape.n_heads + shape.n_kv_heads) * shape.head_dim * d + 3 * d * f) + shape.vocab_size * d
+    saved = 2 * (matrices - L * (q * d + 2 * f * d))
+    assert flops == pytest.approx(shape.train_flops_per_token(T) - saved)
+    taught = operations(shape, sets, cfg, dataclasses.replace(parts, teacher=shape))
+    assert taught - flops == pytest.approx(shape.train_flops_per_token(T) / 3)
+    assert step_alone.update.traffic < 0.1 * step.update.traffic and step_alone.evaluation == step.evaluation
+    assert seconds_alone["messages"] == 0 < seconds["messages"]
+    assert checkpoint_bytes(shape, sets, frozen=True) < checkpoint_bytes(shape, sets) / 2
 
 
 def test_what_operations_move_is_counted(monkeypatch):
