@@ -127,7 +127,7 @@ def cut(name: str, w: Tensor, cfg: ModelConfig, masks: dict[str, Tensor]) -> Ten
 
 @torch.no_grad()
 def compact(weights: dict[str, Tensor], cfg: ModelConfig, masks: dict[str, Tensor]) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Fold and cut.  weights: a Transformer's named parameters.  masks: as its forward takes them, any values in [0, 1].
+    """Fold and cut.  weights: a Transformer's named parameters.  masks: as its forward takes them, any values of at least 0.
 
     Returns the compacted model's named parameters and shape.  Raises ValueError if no uniform shape exists.
     """
@@ -168,8 +168,8 @@ def largest_difference(masked: Transformer, masks: dict[str, Tensor], dense: Tra
     return float((expected - dense(tokens)).abs().max()), float(expected.abs().max())
 
 
-def report(masks: dict[str, Tensor], cfg: ModelConfig) -> None:
-    """Print what was kept, and how sure training was of it."""
+def report(masks: dict[str, Tensor], cfg: ModelConfig, *, sampled: bool) -> None:
+    """Print what was kept, and how sure training was of it if the masks were samples."""
     print(f"layers kept: {[i for i in range(cfg.n_layers) if not is_closed(masks, i)]}")
     for i in range(cfg.n_layers):
         z = layer_masks(masks, i, cfg)
@@ -179,8 +179,8 @@ def report(masks: dict[str, Tensor], cfg: ModelConfig) -> None:
                   f"{len(kept(z['intermediate'], cfg.intermediate_size))} of {cfg.intermediate_size} MLP units")
     for name, z in masks.items():
         dead, between = undecided(z)
-        print(f"{name}: {int((z > 0).sum())} of {z.numel()} units kept, {dead} of them near-dead (z < 0.05), {between} "
-              "undecided (z < 0.95)")
+        sure = f", {dead} of them near-dead (z < 0.05), {between} undecided (z < 0.95)" if sampled else ""
+        print(f"{name}: {int((z > 0).sum())} of {z.numel()} units kept{sure}")
 
 
 def main(cfg: CompactSettings) -> None:
@@ -198,7 +198,7 @@ def main(cfg: CompactSettings) -> None:
         l0 = load_weights(learned(mask_sets(source, target, modules)), folder / "masks.safetensors")
         masks = l0.deterministic()
         shape, names = compacted_shape(source, masks)
-    report(masks, source)
+    report(masks, source, sampled="scores" not in kinds)
     if "layer" not in masks:  # head_layer and mlp close blocks, and how many layers lose both is not set beforehand
         if shape.n_layers != target.n_layers:
             print(f"{shape.n_layers} layers, not the target's {target.n_layers}: attention and MLP blocks close one by one")

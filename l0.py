@@ -281,12 +281,12 @@ class TopK(nn.Module):
 
     @torch.no_grad()
     def metrics(self, step: int, **ramp) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """For the log after `step` steps: sparsities, which are their targets; and the masks of that step."""
+        """For the log after `step` steps: sparsities, which are their targets; and 1 for each unit open then."""
         values = {}
         for name, (shape, _) in self.sets.items():
             sparsity = 1 - self.count(name, step - 1) / shape[-1]
             values |= {f"sparsity/{name}": sparsity, f"target_sparsity/{name}": sparsity}
-        return values, self.sample(0, step - 1, 0)
+        return values, {name: (z != 0).float() for name, z in self.sample(0, step - 1, 0).items()}  # whatever the gains
 
 
 def straight_through(scores: Tensor, count: int) -> Tensor:

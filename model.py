@@ -4,7 +4,7 @@ Shapes: L layers, d hidden size, H query heads, K key/value heads, G = H // K, h
 V vocabulary, B sequences, T tokens.  Parameters carry Hugging Face Llama's names, so a checkpoint of that family
 loads as it is.
 
-A mask is a tensor of factors in [0, 1], one for each unit; `masks` is a dict with any of the sets of l0.MASKS.  The
+A mask is a tensor of factors of at least 0, one for each unit; `masks` is a dict with any of the sets of l0.MASKS.  The
 forward pass scales *weights* by the masks, never activations: `o_proj(context * z) * z'` is computed as
 `(z' o_proj z)(context)`.  That is what compaction does once and for all, so the two agree to rounding, in bf16 too, and
 it is cheaper: a weight is smaller than its activations as soon as a micro-batch has more tokens than the layer has rows.

@@ -59,8 +59,7 @@ def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
         return demo.OUT / "data", source
     if not raw.exists():
         demo.BYTES_PER_DOMAIN = ladder.bytes_a_domain
-        demo.gather(raw.with_suffix(".tmp"))
-        raw.with_suffix(".tmp").rename(raw)
+        demo.gather(raw)
     fractions = flags(eval_fraction=0.04, prune_fraction=0.12)
     if ladder.source_shape is None:
         check(source.is_dir(), f"{source} does not exist: run configs/smollm2.sh and copy its source there")

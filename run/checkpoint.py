@@ -243,7 +243,8 @@ def start_run(cfg: TrainSettings, data) -> tuple[RunState, Path | None, list[Pat
               "--resume, or choose another out_dir")
         folder = newest_whole(out_dir)
         if folder is not None:
-            state = resumed_state(cfg, data, folder)
+            with verified(cfg.teacher):
+                state = resumed_state(cfg, data, folder)
         else:
             check(cfg.resume or not (out_dir / "metrics.jsonl").exists(), f"{out_dir} holds the metrics of a run without a "
                   "checkpoint; start it over with --resume, or choose another out_dir")

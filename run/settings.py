@@ -326,8 +326,8 @@ class TrainSettings:
         require(0 <= self.kd_weight <= 1, f"kd_weight = {self.kd_weight} must be between 0 and 1")
         for name in self.shares:
             require(getattr(self, name) <= self.max_steps, f"{name} = {getattr(self, name)} would not end within "
-                    f"max_steps = {self.max_steps}; lower it, raise max_steps, or leave it out, for "
-                    f"{self.shares[name]:.0%} of max_steps")
+                    f"max_steps = {self.max_steps}; lower it, raise max_steps, or in a new run leave it out, "
+                    f"for {self.shares[name]:.0%} of max_steps")
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio = {self.min_lr_ratio} must be between 0 and 1")
         require(self.global_batch_size % self.micro_batch_size == 0,
                 f"global_batch_size = {self.global_batch_size} does not divide by micro_batch_size = "

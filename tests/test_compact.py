@@ -20,7 +20,7 @@ import convert
 import pretrain
 import prune
 from compact import compact
-from l0 import DIMS, L0, MASKS, dims, mask_sets
+from l0 import DIMS, L0, MASKS, TopK, dims, expected_params, mask_sets
 from model import ModelConfig, Transformer
 from run.settings import UserError
 from run.weights import load_weights, read_model_config
@@ -186,6 +186,25 @@ def test_a_unit_of_every_set_matters_until_it_is_cut(name, family):
     dense = Transformer(shape)
     dense.load_state_dict(weights)
     close(dense(tokens), masked)
+
+
+@torch.no_grad()
+def test_gains_above_one_are_folded_and_change_no_count():
+    cfg = tiny_config()
+    target = tiny_config(hidden_size=20, n_layers=3, n_heads=2, n_kv_heads=1, intermediate_size=30)
+    masks = TopK(mask_sets(cfg, target))
+    for p in masks.parameters():
+        p.normal_(0, 0.5)
+    z, model, tokens = masks.deterministic(), random_model(cfg), random_tokens(cfg)
+    assert max(mask.max() for mask in z.values()) > 1
+    weights, shape = compact(dict(model.named_parameters()), cfg, z)
+    assert shape == target
+    dense = Transformer(shape)
+    dense.load_state_dict(weights)
+    close(dense(tokens), model(tokens, masks=z))
+    values, p_open = masks.metrics(1)
+    assert float(expected_params(cfg, p_open)[1]) == target.n_params()
+    assert values["sparsity/hidden"] == values["target_sparsity/hidden"] == 1 - 20 / 32
 
 
 def test_a_set_that_nothing_reads_is_refused(source, data_dir, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ class EvaluateSettings:
     def __post_init__(self):
         for name, least in dict(batch_size=1, eval_sequences=1, limit=0, seq_len=0).items():
             require(getattr(self, name) >= least, f"{name} = {getattr(self, name)} must be at least {least}")
+        require(self.names != () or self.data_dir, "names = () without data_dir: nothing to measure; give one of them")
 
 
 def fingerprint(folder: str) -> str:
@@ -102,7 +103,11 @@ def losses_of(model, tokens: torch.Tensor, targets: torch.Tensor, masks: dict, *
 
 def held_out(cfg: EvaluateSettings, indexes: list[Path], load) -> dict[str, float | None]:
     """Loss of each domain of data_dir, nats a token, over the windows that a run's last evaluation takes."""
-    context, vocab_size = map(read_json(Path(cfg.export) / "config.json").get, ("max_position_embeddings", "vocab_size"))
+    path, names = Path(cfg.export) / "config.json", ("max_position_embeddings", "vocab_size")
+    config = read_json(path)
+    check(isinstance(config, dict) and all(type(config.get(name)) is int for name in names), f"{path} lacks a whole number "
+          f"{' or '.join(names)}; use an export of convert.py --to_hf")
+    context, vocab_size = (config[name] for name in names)
     check(cfg.seq_len <= context, f"seq_len = {cfg.seq_len} is longer than the export's context of {context} tokens")
     with user_errors():
         splits = open_domains(cfg.data_dir, sorted({p.parent.name for p in indexes}), "eval", cfg.seq_len or context)

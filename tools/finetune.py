@@ -99,10 +99,11 @@ def make_trainer(cfg: FinetuneSettings, data: list[dict], folder: Path):
 
 
 def main(cfg: FinetuneSettings) -> None:
-    config = read_json(Path(cfg.export) / "config.json")
+    config = read_json(path := Path(cfg.export) / "config.json")
+    context = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    check(type(context) is int, f"{path} lacks a whole number max_position_embeddings; take an export of convert.py --to_hf")
     check(os.environ.get("WORLD_SIZE", "1") == "1", "tools.finetune runs as one process; start it without torchrun")
     data = conversations(Path(cfg.data))
-    context = config["max_position_embeddings"]
     check(cfg.seq_len <= context, f"seq_len = {cfg.seq_len} is longer than the export's context of {context} tokens")
     check(importlib.util.find_spec("trl") is not None, "trl is not installed; pip install -e '.[chat]'")
     with new_folder(cfg.out_dir) as folder:

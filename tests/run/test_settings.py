@@ -68,8 +68,9 @@ def test_warm_ups_are_shares_of_the_steps_unless_given():
 
 @pytest.mark.parametrize("name, share", [("warmup_steps", "10%"), ("lagrangian_warmup_steps", "20%")])
 def test_what_cannot_end_within_the_run_is_refused(name, share):
-    assert refused("--max_steps=100", f"--{name}=101") == (f"{name} = 101 would not end within max_steps = 100; lower it, "
-                                                           f"raise max_steps, or leave it out, for {share} of max_steps")
+    assert refused("--max_steps=100", f"--{name}=101") == (
+        f"{name} = 101 would not end within max_steps = 100; lower it, raise max_steps, or in a new run leave it out, "
+        f"for {share} of max_steps")
 
 
 def test_a_micro_batch_that_was_not_given_fits(monkeypatch):

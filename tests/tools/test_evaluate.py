@@ -107,6 +107,12 @@ def test_held_out_loss_is_what_a_run_measures(source, pruned, data_dir, tmp_path
     argv = [str(tmp_path / "export"), f"--out_dir={tmp_path}/out", "--names=()", f"--data_dir={data_dir}"]
     said = refusal("evaluate", [*argv, "--seq_len=4096"], monkeypatch, capsys)
     assert said == "seq_len = 4096 is longer than the export's context of 64 tokens"
+    assert "nothing to measure" in refusal("evaluate", argv[:3], monkeypatch, capsys)
+    (tmp_path / "bad").mkdir()
+    for text in ("[]", "{}", '{"max_position_embeddings": null, "vocab_size": 9}'):
+        (tmp_path / "bad" / "config.json").write_text(text)
+        said = refusal("evaluate", [str(tmp_path / "bad"), *argv[1:]], monkeypatch, capsys)
+        assert "lacks a whole number max_position_embeddings or vocab_size" in said
     evaluate.main(EvaluateSettings(argv[0], str(tmp_path / "out"), names=(), data_dir=str(data_dir), seq_len=32,
                                    eval_sequences=5))
     said = capsys.readouterr().out

@@ -78,6 +78,9 @@ def test_refusals(letters_export, tmp_path, monkeypatch, capsys):
                        monkeypatch, capsys)
 
     good = json.dumps({"messages": [{"role": "assistant", "content": "a"}]})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("[]")
+    assert "config.json lacks a whole number max_position_embeddings" in said(good, export=tmp_path / "bad")
     assert "d.jsonl: line 3 is not JSON" in said(good + "\n\n{\n")
     assert 'line 1 has neither a list "messages"' in said('{"text": "a"}\n')
     assert "line 2 has a turn of 'robot'" in said(good + '\n{"conversations": [{"from": "robot", "value": "a"}]}\n')
