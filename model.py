@@ -124,9 +124,10 @@ def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str,
         return None if factor is None else factor.expand(cfg.hidden_size)
 
     outs = [each_output(product(layer, z.pop(name, None), hidden)) for name in ("head_layer", "mlp")]
-    norms = [hidden, hidden]
+    # No tensor stands here twice: full checkpointing hands copies to a compiled layer, which would then be another graph.
+    norms = [None if hidden is None else hidden.view_as(hidden) for _ in outs]
     if cfg.norm_after:  # which would undo what came before it: the factors come after, and before it only what is closed
-        outs, norms = [None if hidden is None else hidden != 0] * 2, outs
+        outs, norms = [None if hidden is None else hidden != 0 for _ in outs], outs
     queries = keys = None
     if cfg.qk_norm == "all" and head is not None:
         is_open = head != 0
