@@ -22,7 +22,7 @@ from model import ModelConfig
 from run.cost import PRODUCTS
 from run.metrics import PEAK_FLOPS
 from run.settings import FilePath, UserError, check, read_json, require, run_stage
-from run.weights import read_model_config
+from run.weights import latest_checkpoint, read_model_config
 
 # family -> name -> hidden size, layers, query heads, KV heads, MLP units, head dim, as their configs have them
 PUBLISHED = {
@@ -48,7 +48,7 @@ KINDS = {"the source's proportions": 1.0, "deep: all layers": 0.0, "wide: fewer 
 
 @dataclass(frozen=True)
 class ShapeSettings:
-    source: FilePath  # model folder, or a Hugging Face folder, of which config.json is read
+    source: FilePath  # model folder, a run's, or a Hugging Face folder, of which config.json is read
     target_params: float  # parameters of the target, embeddings counted
     multiple: int = 64  # hidden_size and intermediate_size divide by this
     tensor_parallel: int = 1  # query heads and MLP units divide by this; KV heads divide by it, or it by them
@@ -65,6 +65,7 @@ class ShapeSettings:
 
 def read_source(folder: Path) -> ModelConfig:
     """The shape of a model folder of ours or of a Hugging Face folder.  Raises UserError."""
+    folder = latest_checkpoint(folder) or folder  # a run's folder counts as its newest checkpoint
     if (folder / "model_config.json").exists():
         return read_model_config(folder, ModelConfig)
     check((folder / "config.json").exists(), f"source = {folder} has no model_config.json and no config.json")

@@ -105,3 +105,7 @@ def test_refusals(folders, monkeypatch, capsys):
     assert "gpu = T800 is not one of" in said(folders / "llama2", "--target_params=1e9", "--gpu=T800")
     assert "take smaller ones" in said(folders / "llama3", "--target_params=4e9", "--tensor_parallel=31")
     assert said("--target_params=1e9").endswith("give SOURCE")
+
+
+def test_a_runs_folder_is_its_newest_checkpoint(pruned):
+    assert shapes.read_source(pruned) == shapes.read_source(pruned / "step_0000006")
