@@ -146,8 +146,8 @@ def test_kills(tmp_path, data_dir, source):
             time.sleep(rng.uniform(0, 1))
         elif kill % 2:
             while not list((tmp_path / "parts").glob("*.tmp")) and process.poll() is None:
-                time.sleep(0.0003)  # a busy wait would take the run's own time
-            time.sleep(rng.choice((0, 0, 0.001, 0.004)))
+                time.sleep(0.0001)  # a busy wait would take the run's own time
+            time.sleep(rng.choice((0, 0, 0, 0.001)))
         else:
             time.sleep(rng.uniform(1, 8))
         process.kill()
