@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from l0 import L0, TopK, mask_sets, undecided
+from l0 import L0, class_of, mask_sets, undecided
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from run.checkpoint import read_state
 from run.settings import FilePath, check, run_stage, user_errors
@@ -192,13 +192,13 @@ def main(cfg: CompactSettings) -> None:
     state = read_state(folder)
     source = read_model_config(folder, ModelConfig)
     target = read_model_config(folder, ModelConfig, "target_config.json")
-    kinds, modules = zip(*(name.split(".") for name in tensor_names(folder / "masks.safetensors")))
+    saved = tensor_names(folder / "masks.safetensors")
     with user_errors():
-        learned = TopK if "scores" in kinds else L0  # of ones and zeros, or soft
-        l0 = load_weights(learned(mask_sets(source, target, modules)), folder / "masks.safetensors")
-        masks = l0.deterministic()
+        sets = mask_sets(source, target, tuple(name.split(".")[1] for name in saved))
+        learned = load_weights(class_of(saved)(sets), folder / "masks.safetensors")
+        masks = learned.deterministic()
         shape, names = compacted_shape(source, masks)
-    report(masks, source, sampled="scores" not in kinds)
+    report(masks, source, sampled=isinstance(learned, L0))
     if "layer" not in masks:  # head_layer and mlp close blocks, and how many layers lose both is not set beforehand
         if shape.n_layers != target.n_layers:
             print(f"{shape.n_layers} layers, not the target's {target.n_layers}: attention and MLP blocks close one by one")

@@ -246,16 +246,20 @@ class TopK(nn.Module):
     def parameter_groups(self, *, mask_lr: float, multiplier_lr: float) -> list[dict]:
         """For AdamW, see L0; scores with an eps that makes a step the mean gradient itself, since Adam's scale for each unit
         would move those that do not matter as far as those that do.  `finish_gradients_` sets the scale, not clipping."""
-        eps, scores = 100.0, [p for p in self.scores.values() if p.requires_grad]
-        return [dict(name="scores", params=scores, lr=mask_lr * eps, eps=eps, clip=math.inf),
+        eps = 100.0
+        return [dict(name="scores", params=self.learned_scores(), lr=mask_lr * eps, eps=eps, clip=math.inf),
                 dict(name="gains", params=list(self.gains.values()), lr=mask_lr * GAIN_RATE, clip=math.inf)]
 
     @torch.no_grad()
     def finish_gradients_(self, step: int, **ramp) -> dict[str, Tensor]:
         """Divide those of each row of scores by their root mean square, in place, before the step.  Nothing to log."""
-        for p in (p for p in self.scores.values() if p.requires_grad):
+        for p in self.learned_scores():
             p.grad /= p.grad.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
         return {}
+
+    def learned_scores(self) -> list[nn.Parameter]:
+        """All but those of BLOCKS."""
+        return [p for p in self.scores.values() if p.requires_grad]
 
     def clamp_(self) -> None:
         """Scores have no bounds."""
@@ -265,15 +269,18 @@ class TopK(nn.Module):
         shape, kept = self.sets[name]
         return kept if name in BLOCKS else shape[-1] + round((kept - shape[-1]) * min(1.0, (step + 1) / max(1, self.ramp)))
 
+    def mask(self, name: str, count: int) -> Tensor:
+        """Of a set, with so many units of each row open."""
+        return straight_through(self.scores[name], count) * self.gains[name].exp()
+
     def sample(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
         """Training masks, the same for all micro-batches of a step."""
-        return {name: straight_through(p, self.count(name, step)) * self.gains[name].exp()
-                for name, p in self.scores.items()}
+        return {name: self.mask(name, self.count(name, step)) for name in self.sets}
 
     @torch.no_grad()
     def deterministic(self, *, target: bool = True) -> dict[str, Tensor]:
         """Masks with the target's counts: 0, or exp(gain)."""
-        return {name: straight_through(p, self.sets[name][1]) * self.gains[name].exp() for name, p in self.scores.items()}
+        return {name: self.mask(name, kept) for name, (_, kept) in self.sets.items()}
 
     def units(self) -> list[nn.Parameter]:
         """What the gradients of the masks reach."""
@@ -287,6 +294,11 @@ class TopK(nn.Module):
             sparsity = 1 - self.count(name, step - 1) / shape[-1]
             values |= {f"sparsity/{name}": sparsity, f"target_sparsity/{name}": sparsity}
         return values, {name: (z != 0).float() for name, z in self.sample(0, step - 1, 0).items()}  # whatever the gains
+
+
+def class_of(names: list[str]) -> type[L0] | type[TopK]:
+    """Whose parameters these are, as a masks.safetensors names them."""
+    return TopK if any(name.startswith("scores.") for name in names) else L0
 
 
 def straight_through(scores: Tensor, count: int) -> Tensor:

@@ -33,7 +33,7 @@ from run.processes import (Processes, RunState, Signals, average_gradients, clip
                            no_sync, shard, start_processes, used_up, wrap)
 from run.settings import FilePath, TrainSettings, by_domain, check, check_min_weight, require, run_stage, user_errors
 from run.teacher import open_teacher, teacher_config
-from run.weights import at_newest, load_weights, newest_in, read_model_config, read_tensors
+from run.weights import at_newest, load_weights, newest_in, read_model_config
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,7 @@ def mask_metrics(masks: L0 | TopK, source: ModelConfig, cfg: PruneSettings, step
 
 def load_scores(folder: str, sets: dict) -> dict[str, Tensor]:
     """The scores that tools.importance wrote for these mask sets.  Raises UserError."""
-    shapes = {name: p.shape for name, p in TopK(sets).state_dict().items()}
-    found = read_tensors(newest_in(folder) / "masks.safetensors", shapes)
-    return {name.removeprefix("scores."): tensor for name, tensor in found if name.startswith("scores.")}
+    return dict(load_weights(TopK(sets), newest_in(folder) / "masks.safetensors").scores)
 
 
 def make_masks(cfg: PruneSettings, sets: dict) -> L0 | TopK:

@@ -1,8 +1,9 @@
 # torchrun --nproc_per_node=8 prune.py configs/pythia_410m_to_160m.py
 # Pythia-410m (1024, 24 layers, 16 heads, 4096) -> the shape of Pythia-160m (768, 12 layers, 12 heads, 3072), as
-# Sheared-Pythia-160m: on the Pile, 0.4 B tokens here and 50 B of continuation.  The source: convert.py --from_hf=pythia-410m
+# Sheared-Pythia-160m: on the Pile, 0.4 B tokens here and 50 B of continuation.  The source:
+# python convert.py --from_hf=pythia-410m --out_dir=models/pythia-410m
 # 64 sequences x 2048 tokens = 131,072 tokens a step; x 3200 steps = 0.42 B tokens.  8 GPUs x 8 sequences.
-init_from = "models/pythia_410m"
+init_from = "models/pythia-410m"
 data_dir = "data/pile"
 out_dir = "out/pythia_410m_to_160m"
 split = "prune"

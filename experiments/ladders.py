@@ -37,6 +37,10 @@ class Ladder:
     bytes_a_domain: int = 2_500_000
     eval_sequences: int = 100
 
+    def target_of(self, way: Way) -> dict[str, int]:
+        """target_* of prune.py."""
+        return way.target or self.target
+
 
 SMALL_SHAPE = {"vocab_size": 2048, "hidden_size": 192, "n_layers": 8, "n_heads": 6, "n_kv_heads": 3, "head_dim": 32,
                "intermediate_size": 512, "context_length": 256, "tie_embeddings": True}

@@ -82,7 +82,7 @@ def choose(ladder: Ladder, way: Way, seed: int, data: Path, source: Path, out: P
     if not way.score and not way.sampled:
         return None, 0.0
     shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed,
-                   **(way.target or ladder.target))
+                   **ladder.target_of(way))
     masks, scores = out / "masks", out / "scores"
     spent = way.steps * way.batch
     if not way.sampled:
@@ -110,11 +110,15 @@ def evaluations(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "eval_loss" in line]
 
 
+def by_domain(line: dict[str, float]) -> dict[str, float]:
+    """The losses of an evaluation's line."""
+    return {k.removeprefix("eval_loss/"): v for k, v in line.items() if k.startswith("eval_loss/")}
+
+
 def shapes(ladder: Ladder, way: Way, source: Path) -> tuple[ModelConfig, ModelConfig]:
     """The source's shape and the target's."""
     shape = read_model_config(source, ModelConfig)
-    return shape, dataclasses.replace(shape, **{k.removeprefix("target_"): v
-                                                for k, v in (way.target or ladder.target).items()})
+    return shape, dataclasses.replace(shape, **{k.removeprefix("target_"): v for k, v in ladder.target_of(way).items()})
 
 
 def run_cell(ladder: Ladder, name: str, way_name: str, seed: int, data: Path, source: Path, out: Path) -> dict:
@@ -133,20 +137,19 @@ def run_cell(ladder: Ladder, name: str, way_name: str, seed: int, data: Path, so
     if way.mixture == "constant":
         extra |= {"update": "constant"}
     else:
-        losses = {k.removeprefix("eval_loss/"): v for k, v in evaluations(source.parent)[-1].items() if "/" in k}
-        extra, evaluate = extra | {"reference_loss": losses, "excess": way.mixture}, 10
+        extra |= {"reference_loss": by_domain(evaluations(source.parent)[-1]), "excess": way.mixture}
+        evaluate = 10
     rate = ladder.learning_rate * (2 if masks is None else 1)  # fresh weights bear more
     stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", seq_len=ladder.seq_len, seed=seed,
                                 global_batch_size=ladder.batch, micro_batch_size=ladder.batch, max_steps=steps,
                                 learning_rate=rate, warmup_steps=max(1, steps // 25), save_interval=100, keep_last=1,
                                 eval_interval=max(1, steps // evaluate), eval_sequences=ladder.eval_sequences,
                                 eval_between=max(1, ladder.eval_sequences // 4), **extra), "--resume")
-    first, last = evaluations(out / "train")[0], evaluations(out / "train")[-1]
-    domains = {k.removeprefix("eval_loss/"): v for k, v in last.items() if k.startswith("eval_loss/")}
+    lines = evaluations(out / "train")
     return {"ladder": name, "way": way_name, "seed": seed, "steps": steps, "spent_source_tokens": round(spent),
             "tokens": steps * ladder.batch * ladder.seq_len, "params": target.n_params(),
-            "first_loss": first["eval_loss"], "loss": last["eval_loss"], "domains": domains,
-            "at_quarters": [line["eval_loss"] for line in evaluations(out / "train")]}
+            "first_loss": lines[0]["eval_loss"], "loss": lines[-1]["eval_loss"], "domains": by_domain(lines[-1]),
+            "at_quarters": [line["eval_loss"] for line in lines]}
 
 
 def main(cfg: ExperimentSettings) -> None:

@@ -242,14 +242,14 @@ def start_run(cfg: TrainSettings, data) -> tuple[RunState, Path | None, list[Pat
         check(cfg.resume or latest is None, f"{out_dir} holds a run already ({latest and latest.name}); go on with "
               "--resume, or choose another out_dir")
         folder = newest_whole(out_dir)
-        if folder is not None:
-            with verified(cfg.teacher):
+        check(folder is not None or cfg.resume or not (out_dir / "metrics.jsonl").exists(), f"{out_dir} holds the metrics "
+              "of a run without a checkpoint; start it over with --resume, or choose another out_dir")
+        with verified(cfg.teacher):
+            if folder is not None:
                 state = resumed_state(cfg, data, folder)
-        else:
-            check(cfg.resume or not (out_dir / "metrics.jsonl").exists(), f"{out_dir} holds the metrics of a run without a "
-                  "checkpoint; start it over with --resume, or choose another out_dir")
-            with verified(cfg.init_from), verified(cfg.teacher):
-                state = fresh_state(cfg, data)
+            else:
+                with verified(cfg.init_from):
+                    state = fresh_state(cfg, data)
     return state, folder, assets
 
 

@@ -404,9 +404,9 @@ def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: st
     batches = math.ceil(domains * evaluations(cfg)[1] / (cfg.rows_of_evaluation * devices))
     evaluation = batches * max(sum(seconds(cost.evaluation)), sent * number * sharded)
     saves = math.ceil(steps / cfg.save_interval)
-    parts = {"products": products, "all else": traffic, "messages": messages, "update": update, "evaluations": evaluation,
+    found = {"products": products, "all else": traffic, "messages": messages, "update": update, "evaluations": evaluation,
              "checkpoints": saves * 2 * checkpoint_bytes / DISK}  # written and read back
-    return parts | {"in all": sum(parts.values()) - min(messages, products + traffic)}
+    return found | {"in all": sum(found.values()) - min(messages, products + traffic)}
 
 
 def candidates(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int,

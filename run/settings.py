@@ -429,6 +429,15 @@ def hub_snapshot(folder: str | Path) -> Path:
     return found[0]
 
 
+def export_config(folder: str | Path, *names: str) -> dict:
+    """config.json of an export, which has whole numbers of these names.  Raises UserError."""
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    check(isinstance(values, dict) and all(type(values.get(name)) is int for name in names), f"{path} lacks a whole number "
+          f"{' or '.join(names)}; use an export of convert.py --to_hf")
+    return values
+
+
 def read_json(path: Path):
     """Raises UserError if the file is not there or not JSON."""
     try:

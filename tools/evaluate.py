@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from data import evaluate, open_domains
 from run.processes import Processes
-from run.settings import FilePath, UserError, check, read_json, require, run_stage, user_errors
+from run.settings import FilePath, UserError, check, export_config, read_json, require, run_stage, user_errors
 from run.weights import sha256, written
 
 # Task of the harness -> examples shown (arXiv 2310.06694), metric that counts (icl_eval/README.md of the released code)
@@ -103,11 +103,8 @@ def losses_of(model, tokens: torch.Tensor, targets: torch.Tensor, masks: dict, *
 
 def held_out(cfg: EvaluateSettings, indexes: list[Path], load) -> dict[str, float | None]:
     """Loss of each domain of data_dir, nats a token, over the windows that a run's last evaluation takes."""
-    path, names = Path(cfg.export) / "config.json", ("max_position_embeddings", "vocab_size")
-    config = read_json(path)
-    check(isinstance(config, dict) and all(type(config.get(name)) is int for name in names), f"{path} lacks a whole number "
-          f"{' or '.join(names)}; use an export of convert.py --to_hf")
-    context, vocab_size = (config[name] for name in names)
+    config = export_config(cfg.export, "max_position_embeddings", "vocab_size")
+    context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
     check(cfg.seq_len <= context, f"seq_len = {cfg.seq_len} is longer than the export's context of {context} tokens")
     with user_errors():
         splits = open_domains(cfg.data_dir, sorted({p.parent.name for p in indexes}), "eval", cfg.seq_len or context)

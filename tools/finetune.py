@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from run.settings import FilePath, UserError, check, read_json, require, run_stage
+from run.settings import FilePath, UserError, check, export_config, require, run_stage
 from run.weights import new_folder
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -99,9 +99,8 @@ def make_trainer(cfg: FinetuneSettings, data: list[dict], folder: Path):
 
 
 def main(cfg: FinetuneSettings) -> None:
-    config = read_json(path := Path(cfg.export) / "config.json")
-    context = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    check(type(context) is int, f"{path} lacks a whole number max_position_embeddings; take an export of convert.py --to_hf")
+    config = export_config(cfg.export, "max_position_embeddings")
+    context = config["max_position_embeddings"]
     check(os.environ.get("WORLD_SIZE", "1") == "1", "tools.finetune runs as one process; start it without torchrun")
     data = conversations(Path(cfg.data))
     check(cfg.seq_len <= context, f"seq_len = {cfg.seq_len} is longer than the export's context of {context} tokens")

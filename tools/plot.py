@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from l0 import L0, TopK, mask_sets
+from l0 import class_of, mask_sets
 from model import ModelConfig
 from prune import target_config
 from run.settings import FilePath, UserError, by_domain, check, read_json, require, run_stage, user_errors
@@ -54,11 +54,10 @@ def read_run(folder: Path) -> Run:
         d: loss for d in run.domains if (loss := run.evaluations[0][f"eval_loss/{d}"]) is not None}  # as data.steer does
     paths = sorted((folder / "masks").glob("step_*.safetensors"), key=lambda p: step_of(p.with_suffix("")))
     if paths:
-        kinds = {name.split(".")[0] for name in tensor_names(paths[-1])}
         with user_errors():
             run.source = read_model_config(latest_checkpoint(folder) or config["init_from"], ModelConfig)
             run.target = target_config(SimpleNamespace(**config), run.source)
-            learned = (TopK if "scores" in kinds else L0)(mask_sets(run.source, run.target, config["pruning_modules"]))
+            learned = class_of(tensor_names(paths[-1]))(mask_sets(run.source, run.target, config["pruning_modules"]))
         for path in paths:
             run.masks[step_of(path.with_suffix(""))] = load_weights(learned, path).deterministic()
     return run

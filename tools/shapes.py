@@ -22,7 +22,7 @@ from model import ModelConfig
 from run.cost import PRODUCTS
 from run.metrics import PEAK_FLOPS
 from run.settings import FilePath, UserError, check, read_json, require, run_stage
-from run.weights import latest_checkpoint, read_model_config
+from run.weights import newest_in, read_model_config
 
 # family -> name -> hidden size, layers, query heads, KV heads, MLP units, head dim, as their configs have them
 PUBLISHED = {
@@ -65,7 +65,7 @@ class ShapeSettings:
 
 def read_source(folder: Path) -> ModelConfig:
     """The shape of a model folder of ours or of a Hugging Face folder.  Raises UserError."""
-    folder = latest_checkpoint(folder) or folder  # a run's folder counts as its newest checkpoint
+    folder = newest_in(folder)
     if (folder / "model_config.json").exists():
         return read_model_config(folder, ModelConfig)
     check((folder / "config.json").exists(), f"source = {folder} has no model_config.json and no config.json")
