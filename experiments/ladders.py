@@ -36,6 +36,7 @@ class Ladder:
     source_shape: dict | None = None
     bytes_a_domain: int = 2_500_000
     eval_sequences: int = 100
+    dtype: str = "float32"  # of autocast, on whatever device there is
 
     def target_of(self, way: Way) -> dict[str, int]:
         """target_* of prune.py."""
@@ -79,12 +80,16 @@ QUESTIONS = {  # of the small ladder, beside the rivals
     "scratch_x8": Way("", budget=8),
 }
 REAL = {
-    "learned": Way("activation", 16, steps=16, batch=2),
-    "activation": Way("activation", 16),
-    "gradient": Way("gradient", 8, 1),
-    "sampled": Way("", steps=8, batch=4, sampled="expected"),
-    "activation_kd_0.5": Way("activation", 16, kd_weight=0.5),
-    "activation_kd_1": Way("activation", 16, kd_weight=1.0),
+    "learned": Way("activation", 64, steps=40, batch=16),
+    "learned_kd_1": Way("activation", 64, steps=40, batch=16, kd_weight=1.0, rival="activation_kd_1"),
+    "activation": Way("activation", 64),
+    "gradient": Way("gradient", 64, 1),
+    "magnitude": Way("magnitude", 8),
+    "random": Way("random", 8),
+    "sampled": Way("", steps=100, batch=32, sampled="expected"),
+    "scratch": Way(""),
+    "activation_kd_0.5": Way("activation", 64, kd_weight=0.5),
+    "activation_kd_1": Way("activation", 64, kd_weight=1.0),
 }
 LADDERS = {
     # the demo's own source, far from converged, and its data: after `make demo`
@@ -93,6 +98,6 @@ LADDERS = {
     "small": Ladder(target=target(144, 6, 4, 2, 384), seq_len=128, batch=16, budget=300, learning_rate=2e-3,
                     ways=RIVALS | QUESTIONS, source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),
     # real weights: half of SmolLM2-135M's parameters without the embedding
-    "smollm2": Ladder(target=target(448, 26, 6, 2, 1152), seq_len=256, batch=4, budget=100, learning_rate=3e-4, ways=REAL,
-                      bytes_a_domain=2_500_000, eval_sequences=8),
+    "smollm2": Ladder(target=target(448, 26, 6, 2, 1152), seq_len=512, batch=32, budget=600, learning_rate=1e-3, ways=REAL,
+                      bytes_a_domain=12_000_000, eval_sequences=50, dtype="auto"),
 }

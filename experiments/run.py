@@ -70,7 +70,7 @@ def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
         stage("prepare.py", *flags(input_dir=raw, out_dir=data, train_tokenizer=2048), *fractions)
     if latest_checkpoint(source) is None or latest_checkpoint(source).name != f"step_{ladder.source_steps:07d}":
         stage("pretrain.py", *flags(data_dir=data, out_dir=source, update="constant", shape=ladder.source_shape,
-                                    seq_len=ladder.seq_len, global_batch_size=16, micro_batch_size=16,
+                                    dtype=ladder.dtype, seq_len=ladder.seq_len, global_batch_size=16, micro_batch_size=16,
                                     max_steps=ladder.source_steps, learning_rate=3e-3, warmup_steps=100, min_lr_ratio=0.02,
                                     eval_interval=250, eval_sequences=ladder.eval_sequences, save_interval=250, keep_last=1),
               "--resume")
@@ -81,7 +81,7 @@ def choose(ladder: Ladder, way: Way, seed: int, data: Path, source: Path, out: P
     """Masks by one way: (folder for compact.py, or None for none; tokens of whole source steps that this cost)."""
     if not way.score and not way.sampled:
         return None, 0.0
-    shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed,
+    shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed, dtype=ladder.dtype,
                    **ladder.target_of(way))
     masks, scores = out / "masks", out / "scores"
     spent = way.steps * way.batch
@@ -140,7 +140,7 @@ def run_cell(ladder: Ladder, name: str, way_name: str, seed: int, data: Path, so
         extra |= {"reference_loss": by_domain(evaluations(source.parent)[-1]), "excess": way.mixture}
         evaluate = 10
     rate = ladder.learning_rate * (2 if masks is None else 1)  # fresh weights bear more
-    stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", seq_len=ladder.seq_len, seed=seed,
+    stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", seq_len=ladder.seq_len, seed=seed, dtype=ladder.dtype,
                                 global_batch_size=ladder.batch, micro_batch_size=ladder.batch, max_steps=steps,
                                 learning_rate=rate, warmup_steps=max(1, steps // 25), save_interval=100, keep_last=1,
                                 eval_interval=max(1, steps // evaluate), eval_sequences=ladder.eval_sequences,

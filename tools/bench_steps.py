@@ -17,7 +17,7 @@ import pretrain
 import prune
 from data import Sampler, open_domains
 from l0 import L0, mask_sets
-from model import Transformer, init_weights
+from model import Transformer
 from run.processes import Processes, clip_and_step, lr_factor, make_optimizer, wrap
 
 
@@ -53,10 +53,10 @@ Step = Callable[[int], None]  # one training step; its argument is the number of
 
 
 def stage_step(cfg, processes: Processes, sampler: Sampler, watch: Stopwatch, *, masked: bool) -> Step:
-    """train_step of prune.py, towards half of each dimension, or of pretrain.py, on fresh weights."""
+    """train_step of prune.py, towards half of each dimension, or of pretrain.py, on torch's own fresh weights."""
     shape, settings = cfg.shape, cfg.train_settings(masked)
-    model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing).to(processes.device)
-    init_weights(model, seed=0)
+    with processes.device:  # a GPU draws them a hundred times faster than the CPU
+        model = Transformer(shape, attention=cfg.attention, checkpointing=cfg.checkpointing)
     groups, masks = [dict(name="weights", params=list(model.parameters()), lr=settings.learning_rate)], []
     if masked:
         halves = {name: max(1, getattr(shape, name) // 2)
@@ -79,15 +79,17 @@ def hf_step(cfg, processes: Processes, sampler: Sampler, watch: Stopwatch) -> St
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings, shape = cfg.train_settings(), cfg.shape
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, head_dim=shape.head_dim,
-        intermediate_size=shape.intermediate_size, max_position_embeddings=shape.context_length, use_cache=False,
-        tie_word_embeddings=False, attn_implementation="sdpa")).to(processes.device)
+    with processes.device:
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads, num_key_value_heads=shape.n_kv_heads, head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size, max_position_embeddings=shape.context_length, use_cache=False,
+            tie_word_embeddings=False, attn_implementation="sdpa"))
     if cfg.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cfg.compile:
-        model.compile()
+        for layer in model.model.layers:  # one by one, as ours: the whole model in one graph compiles for minutes
+            layer.compile(dynamic=False)
     optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=settings.learning_rate)])
     optimizer.register_step_pre_hook(lambda *_: watch.mark("clip"))
 

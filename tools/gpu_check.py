@@ -33,20 +33,20 @@ from tools.gpu_cases import CHECKS
 
 @dataclass(frozen=True)
 class GpuSettings:
-    parts: tuple[str, ...] = ("checks", "bench", "pipeline")  # what to run
+    parts: str = "checks,bench,pipeline"  # what to run
     out: str = "docs/gpu.md"  # the table
     rounds: int = 5  # steps timed of each kind; the median counts
     steps: int = 300  # of each training stage of the pipeline
     device: str = "cuda"  # cpu: to try this tool itself
 
     def __post_init__(self):
-        for part in self.parts:
+        for part in self.parts.split(","):
             require(part in ("checks", "bench", "pipeline"), f"parts has {part!r}, which is not checks, bench or pipeline")
         require(self.rounds > 0 < self.steps, f"rounds = {self.rounds} and steps = {self.steps} must be above 0")
 
 
-SIZES = {"370M": dict(hidden_size=1024, n_layers=24, n_heads=8, n_kv_heads=8, intermediate_size=2816, micro_batch_size=8),
-         "1.3B": dict(hidden_size=2048, n_layers=24, n_heads=16, n_kv_heads=16, intermediate_size=5504, micro_batch_size=4)}
+SIZES = {"1.3B": dict(hidden_size=2048, n_layers=24, n_heads=16, n_kv_heads=16, intermediate_size=5504, micro_batch_size=4),
+         "370M": dict(hidden_size=1024, n_layers=24, n_heads=8, n_kv_heads=8, intermediate_size=2816, micro_batch_size=8)}
 KINDS = [(variant, compiled) for variant in ("masked", "dense", "hf") for compiled in (False, True)]
 MFU, MASKED, PEAK = 0.5, 0.93, 0.1  # the goals, of 1.3B: dense; masked over dense; the plan's peak from the measured one
 
@@ -65,10 +65,14 @@ def run_checks(device: torch.device) -> tuple[list[str], int]:
     return lines, failed
 
 
-def time_steps(cfg: BenchSettings) -> dict[str, float]:
-    """Tokens a second, share of the peak and peak bytes of one variant, in this process, which must be fresh."""
+def time_steps(cfg: BenchSettings) -> dict[str, float] | None:
+    """Tokens a second, share of the peak and peak bytes of one variant, in this process, which must be fresh; None if the
+    device has not the memory."""
     processes = start_processes(cfg.train_settings())
-    seconds = statistics.median(sum(phases.values()) for phases in measure(cfg, processes)[cfg.variants[0]])
+    try:
+        seconds = statistics.median(sum(phases.values()) for phases in measure(cfg, processes)[cfg.variants[0]])
+    except torch.OutOfMemoryError:
+        return None
     tokens = cfg.micro_batch_size * cfg.seq_len
     return {"tokens": tokens / seconds, "bytes": torch.cuda.max_memory_allocated(),
             "mfu": tokens * cfg.shape.train_flops_per_token(cfg.seq_len) / seconds / matrix_rate(cfg, processes)}
@@ -93,10 +97,9 @@ def run_bench(rounds: int) -> list[str]:
             ours = variant != "hf"
             cfg = BenchSettings(steps=variant if ours else "", against="" if ours else "hf", device="cuda", compile=compiled,
                                 seq_len=4096, rounds=rounds, memory=False, **shape)
-            row = f"| {size} | {'' if ours else 'transformers '}{variant if ours else ''}{', compiled' * compiled} |"
-            try:
-                each = in_new_process(time_steps, cfg)
-            except torch.OutOfMemoryError:
+            row = f"| {size} | {variant if ours else 'transformers'}{', compiled' * compiled} |"
+            each = in_new_process(time_steps, cfg)
+            if each is None:
                 lines.append(f"{row} out of memory | | | |")
                 continue
             planned = planned_bytes(cfg) if ours and not compiled else None
@@ -189,18 +192,18 @@ def main(cfg: GpuSettings) -> None:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         return print("gpu_check: torch sees no CUDA device here: 0 passed")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products are not the same twice
-    device, lines, failed = torch.device(cfg.device, 0), [], 0
+    device, parts, lines, failed = torch.device(cfg.device, 0), cfg.parts.split(","), [], 0
     name = torch.cuda.get_device_name() if cfg.device == "cuda" else cfg.device
-    if "checks" in cfg.parts:
+    if "checks" in parts:
         found, failed = run_checks(device)
         lines += ["## Checks", "", *found, ""]
-    if "bench" in cfg.parts:
+    if "bench" in parts:
         lines += ["## Whole steps", "", *run_bench(cfg.rounds), ""]
-    if "pipeline" in cfg.parts:
+    if "pipeline" in parts:
         lines += ["## All stages, on real text", "", *run_pipeline(cfg.device, cfg.steps), ""]
     title = [f"# On one {name}, as measured", "", f"By `make gpu`; torch {torch.__version__}.", ""]
     Path(cfg.out).write_text("\n".join([*title, *lines]))
-    print(f"{len(CHECKS) * ('checks' in cfg.parts) - failed} passed, {failed} failed; {cfg.out} is written")
+    print(f"{len(CHECKS) * ('checks' in parts) - failed} passed, {failed} failed; {cfg.out} is written")
     if failed:
         sys.exit(1)
 
