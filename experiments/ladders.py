@@ -80,13 +80,13 @@ QUESTIONS = {  # of the small ladder, beside the rivals
     "scratch_x8": Way("", budget=8),
 }
 REAL = {
-    "learned": Way("activation", 64, steps=40, batch=16),
-    "learned_kd_1": Way("activation", 64, steps=40, batch=16, kd_weight=1.0, rival="activation_kd_1"),
+    "learned": Way("activation", 64, steps=40, batch=4),
+    "learned_kd_1": Way("activation", 64, steps=40, batch=4, kd_weight=1.0, rival="activation_kd_1"),
     "activation": Way("activation", 64),
     "gradient": Way("gradient", 64, 1),
     "magnitude": Way("magnitude", 8),
     "random": Way("random", 8),
-    "sampled": Way("", steps=100, batch=32, sampled="expected"),
+    "sampled": Way("", steps=80, batch=16, sampled="expected"),
     "scratch": Way(""),
     "activation_kd_0.5": Way("activation", 64, kd_weight=0.5),
     "activation_kd_1": Way("activation", 64, kd_weight=1.0),
@@ -98,6 +98,6 @@ LADDERS = {
     "small": Ladder(target=target(144, 6, 4, 2, 384), seq_len=128, batch=16, budget=300, learning_rate=2e-3,
                     ways=RIVALS | QUESTIONS, source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),
     # real weights: half of SmolLM2-135M's parameters without the embedding
-    "smollm2": Ladder(target=target(448, 26, 6, 2, 1152), seq_len=512, batch=32, budget=600, learning_rate=1e-3, ways=REAL,
+    "smollm2": Ladder(target=target(448, 26, 6, 2, 1152), seq_len=512, batch=16, budget=300, learning_rate=1e-3, ways=REAL,
                       bytes_a_domain=12_000_000, eval_sequences=50, dtype="auto"),
 }

