@@ -27,7 +27,7 @@ MAX_LAYERS, MAX_PARAMS = 1000, 10**14  # more is a damaged file's, and would tak
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
                "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu}  # named as by Hugging Face
 CHOICES = {"norm": ("rms", "layer"), "qk_norm": ("none", "head", "all"), "activation": (*ACTIVATIONS,)}
-LOSS_BYTES = 1 << 26  # of fp32 logits alive at a time in the loss, instead of B*T x V: 524 rows at V = 32,000
+LOSS_BYTES = 1 << 26  # of fp32 logits alive at a time in the loss, instead of B*T x V: 524 rows at V = 32,000; on CUDA 4 x
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class HeadLoss(torch.autograd.Function):
         dx = torch.empty_like(narrow_x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         each, kl = torch.empty(N, dtype=wide, device=x.device), None
-        rows = min(N, max(1, LOSS_BYTES // (wide.itemsize * V)))
+        rows = min(N, max(1, LOSS_BYTES * (4 if x.is_cuda else 1) // (wide.itemsize * V)))
         if teacher_x is not None:
             kl, rows = torch.empty_like(each), (rows + 2) // 3  # three buffers then
             teacher_x, teacher_head = teacher_x.to(dtype), teacher_head.to(dtype)

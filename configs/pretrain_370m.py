@@ -13,7 +13,7 @@ excess = "signed"  # as released; "clipped", the default, is the paper's
 
 seq_len = 4096
 global_batch_size = 256
-micro_batch_size = 16  # 49 GB a GPU by --plan=16
+micro_batch_size = 16  # 61 GB a GPU by --plan=16
 max_steps = 48000
 learning_rate = 1e-4
 warmup_steps = 1440

@@ -15,7 +15,7 @@ target_intermediate_size = 3072
 
 seq_len = 2048  # Pythia's context
 global_batch_size = 64
-micro_batch_size = 8  # 16 GB a GPU by --plan=8
+micro_batch_size = 8  # 20 GB a GPU by --plan=8
 max_steps = 3200
 learning_rate = 1e-4
 mask_learning_rate = 1.0

@@ -29,7 +29,7 @@ from tools import demo
 
 RESULTS = Path("experiments/results")
 SPLIT = "prune"  # of the data, that choosing sees; cells train on `train`
-PLAIN = {"compile": False, "checkpointing": "none"}  # cells are short, their models small
+PLAIN = {"compile": "off", "checkpointing": "none"}  # cells are short, their models small
 
 
 @dataclass(frozen=True)

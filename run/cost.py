@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from run.metrics import PEAK_FLOPS
-from run.processes import clip_and_step, make_optimizer
+from run.processes import clip_and_step, compiles, make_optimizer
 from run.settings import TrainSettings
 
 
@@ -324,6 +324,20 @@ def is_half(cfg: TrainSettings) -> bool:
     return cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and cfg.device in ("auto", "cuda"))
 
 
+def is_compiled(cfg: TrainSettings) -> bool:
+    """Whether a run on GPUs compiles its layers."""
+    return compiles(cfg, "cuda" if cfg.device == "auto" else cfg.device)
+
+
+def as_compiled(m: StepCost, shape, cfg: TrainSettings, half: bool) -> StepCost:
+    """A step with selective checkpointing, if its layers are compiled: by its own choice the compiler keeps one more row of
+    d and one of f for each token and layer.  docs/gpu.md: 6.0 GB of 45.6 and of 32.3, both as counted so.
+    """
+    kept = cfg.micro_batch_size * cfg.seq_len * shape.n_layers * (shape.hidden_size + shape.intermediate_size) * (
+        2 if half else 4)
+    return dataclasses.replace(m, activations=m.activations + kept, peak=m.peak + kept)
+
+
 def per_device(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int, *,
                checkpointing: str) -> tuple[dict[str, float], StepCost]:
     """Bytes on each device: weights, gradients, optimizer, gathered (by FSDP, of the others), activations, and the peak of
@@ -342,16 +356,20 @@ def layer_and_rest(shape) -> tuple[float, float]:
 def of_student(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int,
                checkpointing: str) -> tuple[dict[str, float], StepCost]:
     """`per_device` but for the teacher."""
-    half = is_half(cfg)
+    half, compiled = is_half(cfg), is_compiled(cfg) and checkpointing != "full"
+    if compiled:  # whatever was asked for: see compile_layers
+        checkpointing = "selective"
     if cfg.parallel == "ddp" or devices == 1:
         stay = devices > 1 or cfg.global_batch_size > cfg.micro_batch_size
         m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=stay)
+        m = as_compiled(m, shape, cfg, half) if compiled else m
         return {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "gathered": 0,
                 "activations": m.activations, "peak": max(m.peak, m.evaluation_peak)}, m
     # FSDP: weights come whole in the dtype of autocast, two layers (one computing, one on its way) with embedding and head;
     # one gradient is whole in fp32.  What a step of one device needs beside weights, gradients and state is not shared.
     m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=True,
                   dtype=compute_dtype(half))
+    m = as_compiled(m, shape, cfg, half) if compiled else m
     layer, rest = layer_and_rest(shape)
     share, trained = 4 * shape.n_params() / devices, not parts.frozen
     fixed = {"weights": share, "gradients": share * trained, "optimizer": 2 * share * trained,
@@ -390,7 +408,7 @@ def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: st
     sent = (devices - 1) / devices * n / link  # seconds of one byte of each parameter
 
     def seconds(work: Work) -> tuple[float, float]:
-        moved = work.fused if cfg.compile else work.traffic
+        moved = work.fused if is_compiled(cfg) else work.traffic
         peak = PEAK_FLOPS[gpu] * (1.0 if is_half(cfg) else 0.5)  # fp32 as TF32 at best
         return work.flops / (PRODUCTS * peak), moved / (TRAFFIC * machine.bandwidth)
 
@@ -400,7 +418,7 @@ def run_seconds(shape, cfg: TrainSettings, cost: StepCost, devices: int, gpu: st
     messages = micro_steps * sent * (2 * number + scattered) if sharded else steps * sent * 2 * scattered
     if parts.teacher is not None and sharded:
         messages += micro_steps * sent * number * parts.teacher.n_params() / n
-    update = steps * seconds(cost.update)[1] / (devices if sharded else 1)
+    update = steps * cost.update.traffic / (TRAFFIC * machine.bandwidth) / (devices if sharded else 1)  # never compiled
     batches = math.ceil(domains * evaluations(cfg)[1] / (cfg.rows_of_evaluation * devices))
     evaluation = batches * max(sum(seconds(cost.evaluation)), sent * number * sharded)
     saves = math.ceil(steps / cfg.save_interval)

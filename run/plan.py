@@ -11,8 +11,8 @@ import shutil
 import typing
 from pathlib import Path
 
-from run.cost import (DISK, FITS, LINKS, MACHINES, PRODUCTS, TRAFFIC, Parts, candidates, evaluations, operations, per_device,
-                      run_seconds)
+from run.cost import (DISK, FITS, LINKS, MACHINES, PRODUCTS, TRAFFIC, Parts, candidates, evaluations, is_compiled,
+                      operations, per_device, run_seconds)
 from run.metrics import PEAK_FLOPS
 from run.processes import Processes, RunState
 from run.settings import TrainSettings, UserError, by_domain, check, user_errors
@@ -61,8 +61,9 @@ def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: in
         return f"  {name:<19}" + "".join(f"{cell:>18}" for cell in cells)
 
     here = [seconds(cfg, cost, gpu) for gpu in MACHINES]
-    lines = [row(f"hours on {devices} x", list(MACHINES))[2:] + f"     ({'compiled; ' * cfg.compile}on paper: products at "
-             f"{PRODUCTS:.0%} of the peak, memory at {TRAFFIC:.0%}, links at {LINKS:.0%}, disk {DISK / GB:.0f} GB/s)"]
+    lines = [row(f"hours on {devices} x", list(MACHINES))[2:]
+             + f"     ({'compiled; ' * is_compiled(cfg)}on paper: products at {PRODUCTS:.0%} of the peak, memory at "
+             f"{TRAFFIC:.0%}, links at {LINKS:.0%}, disk {DISK / GB:.0f} GB/s)"]
     lines += [row(name, [f"{each[name] / 3600:.2f}" for each in here]) for name in here[0]]
     rates = [tokens / (each["in all"] - each["evaluations"] - each["checkpoints"]) for each in here]
     lines.append(row("tokens/s a device", [f"{rate:,.0f} ({rate * flops / PEAK_FLOPS[gpu]:.0%} MFU)"

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -125,6 +126,8 @@ def start_processes(settings: TrainSettings) -> Processes:
               f"and {dtype}; take --attention=sdpa")
         check(importlib.util.find_spec("flash_attn") is not None,
               "attention = flash_attn, but the package flash-attn is not installed; take --attention=sdpa")
+    check(kind != "cuda" or not compiles(settings, kind) or any(map(shutil.which, ("cc", "gcc", "clang"))),
+          f"compile = {settings.compile} needs a C compiler, and there is none here; install gcc, or take --compile=off")
     check(settings.global_batch_size % (settings.micro_batch_size * world) == 0,
           f"global_batch_size = {settings.global_batch_size} does not divide by micro_batch_size x processes = "
           f"{settings.micro_batch_size} x {world}")
@@ -160,12 +163,17 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
 
     The argument stays the module to save and to evaluate: its parameter names never change.
     """
-    if settings.compile:
+    if compiles(settings, processes.device.type):
         compile_layers(model)
     if not dist.is_initialized() or settings.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def compiles(settings: TrainSettings, kind: str) -> bool:
+    """Whether layers are compiled on such a device; auto: on CUDA, where a step is half as fast again (docs/gpu.md)."""
+    return settings.compile == "on" or (settings.compile == "auto" and kind == "cuda")
 
 
 def compile_layers(model: nn.Module) -> None:

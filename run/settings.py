@@ -304,7 +304,7 @@ class TrainSettings:
     parallel: typing.Literal["ddp", "fsdp"] = "ddp"  # a copy of all on each device, or all sharded over them (FSDP2)
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 from sm_80, else float32
     attention: typing.Literal["sdpa", "flash_attn"] = "sdpa"  # torch's own, or the flash-attn package (cuda, bfloat16)
-    compile: bool = False  # torch.compile each layer
+    compile: typing.Literal["auto", "on", "off"] = "auto"  # torch.compile each layer; auto: on CUDA
     # what of a layer is computed again in the backward pass: nothing; all but products and attention, which costs little
     checkpointing: typing.Literal["none", "selective", "full"] = "selective"  # none, selective, or full: a third more time
     plan: int = 0  # say what the run will take on so many devices, without taking it, and stop

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from run.processes import Processes, compile_layers, shard
+from run.processes import Processes, compile_layers, compiles, shard
 from run.settings import TrainSettings, check
 from run.weights import load_weights, read_model_config
 
@@ -38,6 +38,6 @@ def open_teacher(cfg: TrainSettings, shape, model_class: type[nn.Module], proces
     model = load_weights(shard(model, cfg, processes).to_empty(device=processes.device), Path(cfg.teacher)).eval()
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "body")  # or the weights would not be gathered
-    if cfg.compile:
+    if compiles(cfg, processes.device.type):
         compile_layers(model)
     return model

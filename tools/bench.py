@@ -2,7 +2,7 @@
 
     python -m tools.bench --against=hf,gemm
     python -m tools.bench --against=hf,gemm --seq_len=2048 --micro_batch_size=1 --checkpointing=full
-    python -m tools.bench --device=cuda --compile --hidden_size=2048 --n_layers=24 --n_heads=16 --intermediate_size=5504 \
+    python -m tools.bench --device=cuda --hidden_size=2048 --n_layers=24 --n_heads=16 --intermediate_size=5504 \
         --seq_len=4096 --micro_batch_size=16
     torchrun --nproc_per_node=2 -m tools.bench
 
@@ -58,7 +58,7 @@ class BenchSettings:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on cuda, else float32
     attention: Literal["sdpa", "flash_attn"] = "sdpa"  # of our model
-    compile: bool = False  # torch.compile our model and transformers'
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the layers of ours and of transformers'; auto: on CUDA
     checkpointing: Literal["none", "selective", "full"] = "selective"  # of our model; full: of transformers' too
 
     def __post_init__(self):

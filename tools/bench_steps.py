@@ -18,7 +18,7 @@ import prune
 from data import Sampler, open_domains
 from l0 import L0, mask_sets
 from model import Transformer
-from run.processes import Processes, clip_and_step, lr_factor, make_optimizer, wrap
+from run.processes import Processes, clip_and_step, compiles, lr_factor, make_optimizer, wrap
 
 
 class Stopwatch:
@@ -87,7 +87,7 @@ def hf_step(cfg, processes: Processes, sampler: Sampler, watch: Stopwatch) -> St
             tie_word_embeddings=False, attn_implementation="sdpa"))
     if cfg.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if cfg.compile:
+    if compiles(settings, processes.device.type):
         for layer in model.model.layers:  # one by one, as ours: the whole model in one graph compiles for minutes
             layer.compile(dynamic=False)
     optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=settings.learning_rate)])

@@ -108,10 +108,11 @@ def paper() -> None:
         shape = ModelConfig(vocab_size=32000, hidden_size=d, n_layers=L, n_heads=H, n_kv_heads=H, head_dim=128,
                             intermediate_size=f)
         eager = PretrainSettings(data_dir="-", out_dir="-", init_from="-", update="constant", seq_len=SEQ_LEN, max_steps=1,
-                                 parallel=parallel, global_batch_size=sequences, micro_batch_size=micro, device="cuda")
+                                 parallel=parallel, global_batch_size=sequences, micro_batch_size=micro, device="cuda",
+                                 compile="off")
         _, step = per_device(shape, {}, eager, Parts(Transformer), gpus, checkpointing="selective")
         found = [run_seconds(shape, cfg, step, gpus, gpu, domains=0, checkpoint_bytes=0, parts=Parts(Transformer))
-                 for cfg in (eager, dataclasses.replace(eager, compile=True))]
+                 for cfg in (eager, dataclasses.replace(eager, compile="on"))]
         rates = [sequences * SEQ_LEN / gpus / each["in all"] for each in found]
         flops = shape.train_flops_per_token(SEQ_LEN) / PEAK_FLOPS[gpu]
         print(row.format(name, f"{gpus} x {gpu}", f"{found[0]['products']:.2f}", f"{found[0]['all else']:.2f}",

@@ -60,7 +60,7 @@ def group(request, tmp_path):
 def test_every_product_of_every_layer_is_in_one_shared_graph(graphs, group, masked, checkpointing, source):
     made, run = graphs
     shape, processes = tiny_config(n_layers=LAYERS), Processes(0, 8, CPU, torch.bfloat16)
-    settings = pretrain_settings("data", "out", source, parallel=group, compile=True, checkpointing=checkpointing)
+    settings = pretrain_settings("data", "out", source, parallel=group, compile="on", checkpointing=checkpointing)
     model = random_model(shape)
     model.checkpointing = checkpointing
     wrapped = wrap(shard(model, settings, processes), settings, processes)

@@ -50,8 +50,9 @@ def test_goals_are_held_against_what_was_measured():
     def step(tokens, mfu, size, planned):
         return dict(tokens=tokens, mfu=mfu, bytes=size, planned=planned)
 
-    found = {("1.3B", "dense", False): step(100, 0.45, 50e9, 51e9), ("1.3B", "dense", True): step(120, 0.54, 40e9, None),
-             ("1.3B", "masked", False): step(90, 0.41, 50e9, 60e9), ("370M", "dense", True): step(900, 0.99, 1e9, None)}
+    found = {("1.3B", "dense", "off"): step(100, 0.45, 50e9, 51e9), ("1.3B", "dense", "on"): step(120, 0.54, 40e9, 41e9),
+             ("1.3B", "masked", "on"): step(90, 0.41, 50e9, 60e9), ("370M", "dense", "on"): step(900, 0.99, 1e9, 2e9),
+             ("1.3B", "hf", "on"): step(500, 0.9, 1e9, None)}
     assert [line.rpartition(": ")[2] for line in gpu_check.goals(found)] == ["met", "**missed**", "**missed**"]
     assert "54.0% MFU" in gpu_check.goals(found)[0] and "0.750" in gpu_check.goals(found)[1]
     assert "could not be measured" in gpu_check.goals({})[0]
