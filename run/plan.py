@@ -68,7 +68,8 @@ def hours(cfg: TrainSettings, shape, sets: dict, parts: Parts, cost, domains: in
     rates = [tokens / (each["in all"] - each["evaluations"] - each["checkpoints"]) for each in here]
     lines.append(row("tokens/s a device", [f"{rate:,.0f} ({rate * flops / PEAK_FLOPS[gpu]:.0%} MFU)"
                                            for rate, gpu in zip(rates, MACHINES)]))
-    tried, best = list(candidates(shape, sets, cfg, parts, devices, CHECKPOINTING)), []
+    kinds = CHECKPOINTING[1:] if is_compiled(cfg) else CHECKPOINTING  # compiled, none is what selective is
+    tried, best = list(candidates(shape, sets, cfg, parts, devices, kinds)), []
     for gpu, machine in MACHINES.items():
         fit = [(seconds(each, step, gpu)["in all"], each) for each, peak, step in tried if peak <= FITS * machine.memory]
         best.append(min(fit, key=lambda pair: pair[0], default=(math.nan, None)))

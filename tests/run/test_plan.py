@@ -18,10 +18,12 @@ import prune
 from l0 import L0, mask_sets
 from model import Transformer
 from run import cost, plan
-from run.cost import FITS, MACHINES, Counter, Parts, Work, operations, per_device, run_seconds, step_cost
+from run.cost import FITS, MACHINES, Counter, Parts, Work, is_compiled, operations, per_device, run_seconds, step_cost
 from run.plan import checkpoint_bytes, checkpoints
 from run.processes import make_optimizer
 from run.settings import UserError
+from tools.bench import BenchSettings
+from tools.gpu_check import SIZES, planned_bytes
 
 # Two steps of a model of 25 M parameters; prints the peak of its resident memory over what it had before, and the plan's.
 MEASURE = """
@@ -82,7 +84,8 @@ LLAMA_7B = dict(vocab_size=32000, hidden_size=4096, n_layers=32, n_heads=32, n_k
 
 def test_the_plan_of_the_7b_run_needs_its_config_alone(tmp_path):
     (tmp_path / "model_config.json").write_text(tiny_config(**LLAMA_7B, context_length=4096).to_json())
-    done = run_script("prune.py", "configs/7b_to_1.3b.py", f"--init_from={tmp_path}", "--plan=8", "--data_dir=nowhere")
+    done = run_script("prune.py", "configs/7b_to_1.3b.py", f"--init_from={tmp_path}", "--plan=8", "--data_dir=nowhere",
+                      "--compile=off")
     assert done.returncode == 0, done.stderr
     assert re.search(r"parameters +6,738,415,616; masks hidden \(4096,\)", done.stdout)
     assert re.search(r"tokens a step +131,072 = 8 devices x 2 micro-steps x 2 sequences x 4096", done.stdout)
@@ -100,6 +103,16 @@ def test_the_plan_of_the_7b_run_needs_its_config_alone(tmp_path):
     fits = next(line for line in done.stdout.splitlines() if "fastest that fits" in line)
     assert re.search(r"1, none +1, none +2, none +4, none", fits)
     assert re.search(r"disk +242\.6 GB: checkpoints of 80\.9 GB, at most 3 at once", done.stdout)
+
+
+MEASURED = {("1.3B", False): 45.6, ("1.3B", True): 45.7, ("370M", False): 32.3, ("370M", True): 32.4}  # GB, docs/gpu.md
+
+
+@pytest.mark.parametrize(("size", "masked"), MEASURED)
+def test_a_compiled_step_is_planned_as_it_was_measured_on_a_gpu(size, masked):
+    cfg = BenchSettings(steps="masked" if masked else "dense", device="cuda", seq_len=4096, memory=False, **SIZES[size])
+    assert is_compiled(cfg.train_settings(masked))
+    assert planned_bytes(cfg) / 1e9 == pytest.approx(MEASURED[size, masked], rel=0.04)
 
 
 def test_sharding_divides_what_is_sharded(data_dir, source):
