@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from l0 import L0, class_of, mask_sets, undecided
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from run.checkpoint import read_state
-from run.settings import FilePath, check, run_stage, user_errors
+from run.settings import FilePath, check, read_json, run_stage, user_errors
 from run.weights import (check_finite, load_weights, new_folder, newest_in, one_thread, read_model_config,
                          tensor_names, tensor_reader, verified, write_assets, write_tensors)
 
@@ -190,6 +190,10 @@ def main(cfg: CompactSettings) -> None:
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
     check((folder / "masks.safetensors").is_file(), f"{folder} is no checkpoint of prune.py: it has no masks.safetensors")
     state = read_state(folder)
+    if (begun := folder.parent / "config.json").is_file():
+        settings = read_json(begun)
+        if isinstance(settings, dict) and state.step < settings.get("max_steps", 0):
+            print(f"note: this is step {state.step} of the {settings['max_steps']} that the run was begun for")
     source = read_model_config(folder, ModelConfig)
     target = read_model_config(folder, ModelConfig, "target_config.json")
     saved = tensor_names(folder / "masks.safetensors")

@@ -84,16 +84,11 @@ REAL = {
     "learned_kd_1": Way("activation", 64, steps=40, batch=4, kd_weight=1.0, rival="activation_kd_1"),
     "activation": Way("activation", 64),
     "gradient": Way("gradient", 64, 1),
-    "magnitude": Way("magnitude", 8),
-    "random": Way("random", 8),
     "sampled": Way("", steps=80, batch=16, sampled="expected"),
     "scratch": Way(""),
-    "activation_kd_0.5": Way("activation", 64, kd_weight=0.5),
     "activation_kd_1": Way("activation", 64, kd_weight=1.0),
 }
 LADDERS = {
-    # the demo's own source, far from converged, and its data: after `make demo`
-    "demo": Ladder(target=CUT_74, seq_len=128, batch=16, budget=300, learning_rate=2e-3, ways=RIVALS),
     # a source at a plateau of its learning rate: 3.6 M parameters, 5.1 M tokens; the main cut is 55%
     "small": Ladder(target=target(144, 6, 4, 2, 384), seq_len=128, batch=16, budget=300, learning_rate=2e-3,
                     ways=RIVALS | QUESTIONS, source_steps=2500, source_shape=SMALL_SHAPE, bytes_a_domain=6_000_000),

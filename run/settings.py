@@ -267,7 +267,7 @@ class TrainSettings:
     verify_data: bool = True  # hold the token files against their checksums before the first step: a second or two a GB
     init_from: FilePath = ""  # model folder to start from: convert.py's, compact.py's, a step_* folder, or a run's newest
     teacher: FilePath = ""  # model folder, as init_from, of a frozen model to learn from beside the tokens; "": none
-    kd_weight: float = 0.5  # w in the loss with a teacher, (1 - w) cross-entropy + w KL(teacher || model)
+    kd_weight: float = 1.0  # w in the loss with a teacher, (1 - w) cross-entropy + w KL(teacher || model)
     resume: bool = False  # go on from the newest checkpoint in out_dir (from the start if there is none)
 
     domain_weights: dict[str, float] | FilePath = ""  # first share of each domain, sum 1, or a JSON file; "": equal
@@ -324,6 +324,8 @@ class TrainSettings:
         for name in ("learning_rate", "grad_clip", "weight_decay", "timeout_minutes"):
             require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)} must be finite")
         require(0 <= self.kd_weight <= 1, f"kd_weight = {self.kd_weight} must be between 0 and 1")
+        require(self.teacher != "" or self.kd_weight == 1.0, f"kd_weight = {self.kd_weight} without a teacher; give one, or "
+                "leave kd_weight out")
         for name in self.shares:
             require(getattr(self, name) <= self.max_steps, f"{name} = {getattr(self, name)} would not end within "
                     f"max_steps = {self.max_steps}; lower it, raise max_steps, or in a new run leave it out, "

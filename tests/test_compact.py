@@ -281,7 +281,15 @@ def test_stage_writes_exactly_the_target(pruned, tmp_path):
     state = json.loads((checkpoint / "state.json").read_text())
     for name in ("domain_weights", "reference_loss"):  # as pretrain.py takes them
         assert json.loads((out_dir / f"{name}.json").read_text()) == state[name] != {}
-    assert [p.name for p in out_dir.parent.iterdir()] == ["compacted"]
+    assert [p.name for p in out_dir.parent.iterdir()] == ["compacted"] and "note:" not in done.stdout
+
+
+def test_a_run_that_did_not_end_is_told(pruned, tmp_path, capsys):
+    shutil.copytree(pruned, tmp_path / "run")
+    begun = tmp_path / "run" / "config.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"max_steps": 9}))
+    compact_stage.main(compact_stage.CompactSettings(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "compacted")))
+    assert "note: this is step 6 of the 9 that the run was begun for\n" in capsys.readouterr().out
 
 
 def test_stage_removes_the_layers_that_lose_both_blocks(data_dir, source, tmp_path):

@@ -38,15 +38,15 @@ def test_a_table_pairs_seeds_with_those_of_the_rival(tmp_path, monkeypatch):
                                params=1_500_000, domains={"wiki": loss, "code": loss - 1}))
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    (tmp_path / "demo.jsonl").write_text("\n".join([line("activation", 1, 4.0), line("activation", 2, 4.2),
+    (tmp_path / "small.jsonl").write_text("\n".join([line("activation", 1, 4.0), line("activation", 2, 4.2),
                                                     line("learned", 2, 4.05), line("random", 3, 5.0)]) + "\n")
     ways = ["learned", "activation", "random", "magnitude"]
-    rows = [row for row in tables.table("demo", ways).splitlines() if row.startswith("| ")][1:]
+    rows = [row for row in tables.table("small", ways).splitlines() if row.startswith("| ")][1:]
     assert rows == ["| learned | 1 | 1.50 | 200 | 10 | 5.0500 | 4.0500 | -0.1500 (activation) |",
                     "| activation | 2 | 1.50 | 150 | 10 | 5.1000 (5.0000 to 5.2000) | 4.1000 (4.0000 to 4.2000) |  |",
                     "| random | 1 | 1.50 | 300 | 10 | 6.0000 | 5.0000 |  |"]
-    assert tables.table("demo", ways).endswith("Not run: magnitude.\n")
-    assert "| activation | 3.1000 | 4.1000 |" in tables.domains("demo", ways)
+    assert tables.table("small", ways).endswith("Not run: magnitude.\n")
+    assert "| activation | 3.1000 | 4.1000 |" in tables.domains("small", ways)
 
 
 def test_the_document_holds_the_tables_of_the_results():

@@ -36,7 +36,7 @@ def test_a_taught_run_resumes_to_the_bit_and_keeps_its_teacher(tmp_path, data_di
     shutil.rmtree(tmp_path / "resumed" / "step_0000006")
     resumed = dataclasses.replace(whole, out_dir=str(tmp_path / "resumed"), resume=True)
     other = teacher_folder(tmp_path / "other", seed=8)
-    for changes in (dict(teacher=other), dict(teacher=""), dict(kd_weight=0.5)):
+    for changes in (dict(teacher=other), dict(kd_weight=0.5)):
         (name, value), = changes.items()
         line = refusal(stage, flags(dataclasses.replace(resumed, **changes)), monkeypatch, capsys)
         assert f"was begun with {name} = " in line and f"not {value!r}; a resumed run must keep that" in line
@@ -93,6 +93,8 @@ def test_what_cannot_teach_is_refused(tmp_path, data_dir, source, stage, monkeyp
         assert words in line and not list((tmp_path / "out").glob("step_*"))
     with pytest.raises(ValueError, match=r"kd_weight = 1\.5 must be between 0 and 1"):
         make(data_dir, tmp_path / "out", source, kd_weight=1.5)
+    with pytest.raises(ValueError, match=r"kd_weight = 0\.5 without a teacher; give one, or leave kd_weight out"):
+        make(data_dir, tmp_path / "out", source, kd_weight=0.5)
 
 
 # ---- what it costs
