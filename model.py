@@ -119,11 +119,8 @@ def layer_masks(masks: dict[str, Tensor], i: int, cfg: ModelConfig) -> dict[str,
     if kv_head is not None:  # [K]
         kv_head = kv_head.repeat_interleave(cfg.n_heads // cfg.n_kv_heads)  # a KV head takes its group along
     head = product(z.pop("head", None), kv_head, None if query_head is None else query_head.flatten())
-
-    def each_output(factor: Tensor | None) -> Tensor | None:  # one for each row: without a hidden mask there is but one, ()
-        return None if factor is None else factor.expand(cfg.hidden_size)
-
-    outs = [each_output(product(layer, z.pop(name, None), hidden)) for name in ("head_layer", "mlp")]
+    outs = [product(layer, z.pop(name, None), hidden) for name in ("head_layer", "mlp")]
+    outs = [None if z_out is None else z_out.expand(cfg.hidden_size) for z_out in outs]  # without a hidden mask it is one
     # No tensor stands here twice: full checkpointing hands copies to a compiled layer, which would then be another graph.
     norms = [None if hidden is None else hidden.view_as(hidden) for _ in outs]
     if cfg.norm_after:  # which would undo what came before it: the factors come after, and before it only what is closed
