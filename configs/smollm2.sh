@@ -5,8 +5,8 @@
 # by their activations, which won on it (docs/results.md); configs/smollm2_135m_to_60m.py is the released recipe, to 60 M.
 set -euo pipefail
 if [ "${1:-}" = full ]; then
-    OUT=out/smollm2_full BYTES=12_000_000 PRUNE=0.12 CALIBRATION=64 STEPS=200
-    SHARED="--seq_len=512 --eval_sequences=24"
+    OUT=out/smollm2_full BYTES=12_000_000 PRUNE=0.12 CALIBRATION=64 STEPS=150
+    SHARED="--seq_len=512 --eval_sequences=8"
 else
     OUT=out/smollm2 BYTES=2_500_000 PRUNE=0.4 CALIBRATION=16 STEPS=10
     SHARED="--seq_len=128 --eval_sequences=2"
