@@ -1,8 +1,9 @@
-# On a fresh machine with Python 3.10 or newer: `make demo` runs the whole pipeline, `make test` all the tests,
+# On a fresh machine with Python 3.10 or newer: `make demo` runs the whole pipeline, `make test` all the tests (JOBS at a time),
 # `make extras test` also those of the evaluation harness and of instruction tuning.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 .PHONY: demo test lint gpu extras clean
 
@@ -10,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
 
 # what tools/evaluate.py and tools/finetune.py need besides; without it their tests say that they are skipped
 extras: $(VENV)/installed

@@ -1,6 +1,6 @@
 # torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 pretrain.py configs/pretrain_1.3b.py
 # The compacted 1.3B, continued: the published recipe, with this size's own reference losses.
-# 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 2 micro-steps x 8 sequences.
+# 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 4 micro-steps x 4 sequences.
 init_from = "out/1.3b_compact"
 data_dir = "data/redpajama"
 out_dir = "out/pretrain_1.3b"

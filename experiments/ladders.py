@@ -18,7 +18,7 @@ class Way:
     target: dict[str, int] | None = None  # target_* of prune.py; None: the ladder's
     kd_weight: float = 0.0  # of the source's distribution in the training of the cut model
     mixture: str = "constant"  # of domains: constant, or doremi steered by clipped or signed excess over the source's losses
-    rival: str = "activation"  # the way that it is compared with, seed by seed
+    rival: str = "activation"  # the way that it is compared with, seed by seed; "": none
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ CUT_28, CUT_74 = target(176, 7, 6, 3, 416), target(128, 4, 4, 2, 320)
 QUESTIONS = {  # of the small ladder, beside the rivals
     "sampled_rescaled": Way("", steps=60, batch=16, sampled="rescaled"),
     "learned_28": Way("activation", 32, steps=40, batch=4, target=CUT_28, rival="activation_28"),
-    "activation_28": Way("activation", 128, target=CUT_28),
+    "activation_28": Way("activation", 128, target=CUT_28, rival=""),
     "learned_74": Way("activation", 32, steps=40, batch=4, target=CUT_74, rival="activation_74"),
-    "activation_74": Way("activation", 128, target=CUT_74),
+    "activation_74": Way("activation", 128, target=CUT_74, rival=""),
     "learned_10_steps": Way("activation", 32, steps=10, batch=4, rival="learned"),
     "learned_160_steps": Way("activation", 32, steps=160, batch=4, rival="learned"),
     "activation_kd_0.5": Way("activation", 128, kd_weight=0.5),

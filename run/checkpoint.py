@@ -290,6 +290,8 @@ def resumed_state(cfg: TrainSettings, data, folder: Path) -> RunState:
           f"were, {other}")
     before, now = began_with(cfg.out_dir), json.loads(json.dumps(dataclasses.asdict(cfg)))
     before = {f.name: f.default for f in dataclasses.fields(cfg)} | before  # a setting that is newer than the run
+    if not before["teacher"] and not now["teacher"]:  # what it weighs weighs nothing
+        before["kd_weight"] = now["kd_weight"]
     odd = [f"{n} = {before[n]!r}, not {now[n]!r}" for n in now
            if (n in FIXED or n.startswith("target_")) and now[n] != before[n]]
     check(not odd, f"{folder.parent} was begun with {'; '.join(odd)}; a resumed run must "

@@ -126,8 +126,8 @@ def start_processes(settings: TrainSettings) -> Processes:
               f"and {dtype}; take --attention=sdpa")
         check(importlib.util.find_spec("flash_attn") is not None,
               "attention = flash_attn, but the package flash-attn is not installed; take --attention=sdpa")
-    check(kind != "cuda" or not compiles(settings, kind) or any(map(shutil.which, ("cc", "gcc", "clang"))),
-          f"compile = {settings.compile} needs a C compiler, and there is none here; install gcc, or take --compile=off")
+    reason = why_eager(device)
+    check(settings.compile != "on" or kind != "cuda" or not reason, f"compile = on, but {reason}; take --compile=off")
     check(settings.global_batch_size % (settings.micro_batch_size * world) == 0,
           f"global_batch_size = {settings.global_batch_size} does not divide by micro_batch_size x processes = "
           f"{settings.micro_batch_size} x {world}")
@@ -140,7 +140,10 @@ def start_processes(settings: TrainSettings) -> Processes:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None,
                                 timeout=timedelta(minutes=settings.timeout_minutes))
         cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # the others wait while rank 0 checks one
-    return Processes(rank, world, device, dtype, cpus)
+    processes = Processes(rank, world, device, dtype, cpus)
+    if settings.compile == "auto" and kind == "cuda" and reason:
+        processes.say(f"note: layers are not compiled: {reason}")
+    return processes
 
 
 def shard(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.Module:
@@ -163,7 +166,7 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
 
     The argument stays the module to save and to evaluate: its parameter names never change.
     """
-    if compiles(settings, processes.device.type):
+    if compiles(settings, processes.device):
         compile_layers(model)
     if not dist.is_initialized() or settings.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
         return model
@@ -171,9 +174,19 @@ def wrap(model: nn.Module, settings: TrainSettings, processes: Processes) -> nn.
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def compiles(settings: TrainSettings, kind: str) -> bool:
-    """Whether layers are compiled on such a device; auto: on CUDA, where a step is half as fast again (docs/gpu.md)."""
-    return settings.compile == "on" or (settings.compile == "auto" and kind == "cuda")
+def why_eager(device: torch.device) -> str:
+    """Why compile = auto does not compile layers on this device; "" if it does."""
+    if device.type != "cuda":
+        return "it gains nothing but on CUDA"  # docs/performance.md
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "that takes a GPU of compute capability 7.0 or more"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as triton looks for it
+    return "" if compiler else "that takes gcc, and there is none here"
+
+
+def compiles(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether layers are compiled; auto: if why_eager finds nothing against it: 1.6 to 1.9 times as fast (docs/gpu.md)."""
+    return settings.compile == "on" or (settings.compile == "auto" and not why_eager(device))
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -38,6 +38,6 @@ def open_teacher(cfg: TrainSettings, shape, model_class: type[nn.Module], proces
     model = load_weights(shard(model, cfg, processes).to_empty(device=processes.device), Path(cfg.teacher)).eval()
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "body")  # or the weights would not be gathered
-    if compiles(cfg, processes.device.type):
+    if compiles(cfg, processes.device):
         compile_layers(model)
     return model

@@ -290,6 +290,10 @@ def test_a_run_that_did_not_end_is_told(pruned, tmp_path, capsys):
     begun.write_text(json.dumps(json.loads(begun.read_text()) | {"max_steps": 9}))
     compact_stage.main(compact_stage.CompactSettings(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "compacted")))
     assert "note: this is step 6 of the 9 that the run was begun for\n" in capsys.readouterr().out
+    for i, text in enumerate(('{"max_steps": "x"}', "null", "{")):  # of no weight for a cut
+        begun.write_text(text)
+        compact_stage.main(compact_stage.CompactSettings(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / f"{i}")))
+        assert "note:" not in capsys.readouterr().out
 
 
 def test_stage_removes_the_layers_that_lose_both_blocks(data_dir, source, tmp_path):

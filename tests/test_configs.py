@@ -57,6 +57,9 @@ def test_config_is_valid(path):
     cfg = parse(path)
     assert cfg.global_batch_size % (cfg.micro_batch_size * world(path)) == 0
     tokens = int(re.search(r"= ([\d.,]+) ?M? tokens a step", path.read_text())[1].replace(",", "").split(".")[0])
+    if said := re.search(r"(\d+) GPUs(?: x (\d+) micro-steps)? x (\d+) sequence", path.read_text()):
+        assert int(said[1]) == world(path) and int(said[3]) == cfg.micro_batch_size
+        assert int(said[1]) * int(said[2] or 1) * int(said[3]) == cfg.global_batch_size
     assert tokens in (cfg.seq_len * cfg.global_batch_size, cfg.seq_len * cfg.global_batch_size // 10**6)
 
 

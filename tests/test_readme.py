@@ -1,5 +1,6 @@
 """What the README tells a reader to type exists and works."""
 
+import ast
 import os
 import re
 import shlex
@@ -55,10 +56,11 @@ def test_every_setting_and_file_named_exists():
 
 
 def shell(script: str, folder: Path, path: Path | str) -> subprocess.CompletedProcess:
-    """`bash configs/NAME.sh` in a folder, with `python` and `torchrun` of this path."""
+    """`bash configs/NAME.sh ...` in a folder, with `python` and `torchrun` of this path."""
     environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
-    return subprocess.run(["bash", Path("configs", script).resolve()], cwd=folder, env=environment, capture_output=True,
-                          text=True)
+    name, *arguments = script.split()
+    return subprocess.run(["bash", Path("configs", name).resolve(), *arguments], cwd=folder, env=environment,
+                          capture_output=True, text=True)
 
 
 def test_the_recipe_runs_its_stages_in_order_and_each_one_once(tmp_path):
@@ -117,3 +119,45 @@ def test_what_is_started_exists():
     assert {"configs/smollm2.sh", "prune.py"} <= scripts and len(modules) > 9 and "plot" in listed
     for path in [*scripts, *(m.replace(".", "/") + ".py" for m in modules), *(f"tools/{name}.py" for name in listed)]:
         assert Path(path).is_file(), path
+
+
+def test_the_small_real_model_runs_its_stages_and_goes_on_where_it_was(tmp_path):
+    """With a `python` that only makes the folder a stage would make; the training is interrupted once."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "python"
+    program.write_text(f"#!{sys.executable}\n" + """import pathlib, sys
+words = sys.argv[1:]
+if words[0] == "-c":
+    sys.exit(print("package"))
+with open("log", "a") as log:
+    log.write(repr(words) + "\\n")
+if pathlib.Path("stop").exists() and words[0] == "pretrain.py":
+    sys.exit(75)
+out = next((w.partition("=")[2] for w in words if w.startswith("--out_dir=")), words[3] if "gather" in words else "")
+steps = next((int(w.partition("=")[2]) for w in words if w.startswith("--max_steps=")), 0)
+if out:
+    folder = f"/step_{steps:07d}" if words[0] == "pretrain.py" or "tools.importance" in words else ""
+    pathlib.Path(out + folder).mkdir(parents=True, exist_ok=True)
+""")
+    program.chmod(0o755)
+
+    def runs() -> list[list[str]]:
+        return [ast.literal_eval(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+    (tmp_path / "stop").touch()
+    assert shell("smollm2.sh", tmp_path, tmp_path / "bin").returncode == 75
+    begun = len(runs())
+    (tmp_path / "stop").unlink()
+    done = shell("smollm2.sh", tmp_path, tmp_path / "bin")
+    assert done.returncode == 0, done.stderr
+    names = [words[1] if words[0] == "-m" else words[0] for words in runs()]
+    assert names[:begun] == ["tools.demo", "tools.gguf_to_hf", "convert.py", "prepare.py", "tools.importance", "compact.py",
+                             "pretrain.py"]
+    assert names[begun:] == ["prepare.py", "pretrain.py", "convert.py", *3 * ["tools.sample"]]
+    assert "--resume" in runs()[begun + 1]
+    for first, *rest in runs():
+        name, arguments = (first, rest) if first != "-m" else (f"-m {rest[0]}", rest[1:])
+        if name != "-m tools.demo":
+            parse_args(SETTINGS[name], arguments)
+    wrong = shell("smollm2.sh gpu", tmp_path, tmp_path / "bin")
+    assert wrong.returncode == 2 and wrong.stderr == "smollm2.sh: unknown argument gpu; there is only full\n"

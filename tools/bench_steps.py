@@ -87,7 +87,7 @@ def hf_step(cfg, processes: Processes, sampler: Sampler, watch: Stopwatch) -> St
             tie_word_embeddings=False, attn_implementation="sdpa"))
     if cfg.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compiles(settings, processes.device.type):
+    if compiles(settings, processes.device):
         for layer in model.model.layers:  # one by one, as ours: the whole model in one graph compiles for minutes
             layer.compile(dynamic=False)
     optimizer = make_optimizer([dict(name="weights", params=list(model.parameters()), lr=settings.learning_rate)])

@@ -1,7 +1,7 @@
 """What only a GPU can show: checks, speed and memory against the plan, and a short run of every stage; `make gpu`.
 
     python -m tools.gpu_check                 # writes docs/gpu.md; about half an hour on one GPU
-    python -m tools.gpu_check --parts=checks  # or bench, or pipeline
+    python -m tools.gpu_check --parts=checks,bench --out=out/gpu.md
 
 Needs no network, and of packages only torch (2.7 or newer), numpy, safetensors, tqdm and transformers.  Without a GPU it
 says so, and ends with status 0.
@@ -34,7 +34,7 @@ from tools.gpu_cases import CHECKS
 @dataclass(frozen=True)
 class GpuSettings:
     parts: str = "checks,bench,pipeline"  # what to run
-    out: str = "docs/gpu.md"  # the table
+    out: str = "docs/gpu.md"  # the report, which is written anew: a part of it goes elsewhere
     rounds: int = 5  # steps timed of each kind; the median counts
     steps: int = 300  # of each training stage of the pipeline
     device: str = "cuda"  # cpu: to try this tool itself
@@ -42,6 +42,8 @@ class GpuSettings:
     def __post_init__(self):
         for part in self.parts.split(","):
             require(part in ("checks", "bench", "pipeline"), f"parts has {part!r}, which is not checks, bench or pipeline")
+        require(self.out != "docs/gpu.md" or len(set(self.parts.split(","))) == 3,
+                f"parts = {self.parts} alone would replace docs/gpu.md; give another --out")
         require(self.rounds > 0 < self.steps, f"rounds = {self.rounds} and steps = {self.steps} must be above 0")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from l0 import L0, mask_sets
-from run.processes import Processes, shard, start_processes, wrap
+from run.processes import Processes, compiles, shard, start_processes, wrap
+from run.settings import UserError
 
 CPU = torch.device("cpu")
 LAYERS = 10  # more than the graphs that torch makes of one function before it gives up
@@ -95,6 +97,33 @@ def test_the_residual_stream_is_as_wide_sharded_as_whole(group, source):
     with processes.autocast():
         model(random_tokens(tiny_config()), random_tokens(tiny_config()))
     assert widths == [torch.bfloat16] * 8
+
+
+@pytest.mark.parametrize(("capability", "found", "cc", "reason"), [
+    ((7, 0), "gcc", None, ""), ((9, 0), "clang", None, ""), ((8, 0), None, "/opt/gcc-12/bin/gcc", ""),
+    ((6, 1), "gcc", None, "compute capability 7.0"), ((9, 0), "cc", None, "takes gcc")])  # triton does not look for cc
+def test_auto_compiles_where_a_gpu_and_a_compiler_allow_it(monkeypatch, source, capsys, capability, found, cc, reason):
+    cuda = {"is_available": True, "device_count": 1, "set_device": None, "get_device_capability": capability}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == found else None)
+    monkeypatch.delenv("CC", raising=False)
+    if cc:
+        monkeypatch.setenv("CC", cc)
+    settings = pretrain_settings("data", "out", source, device="cuda")
+    processes = start_processes(settings)
+    assert compiles(settings, processes.device) == (not reason)
+    said = capsys.readouterr().out
+    assert said == "" if not reason else (said.startswith("note: layers are not compiled: ") and reason in said)
+    asked = dataclasses.replace(settings, compile="on")
+    if reason:
+        with pytest.raises(UserError, match=f"compile = on, but .*{reason}.*; take --compile=off"):
+            start_processes(asked)
+    else:
+        start_processes(asked)
+    for kind in ("cpu", "mps"):
+        assert not compiles(settings, torch.device(kind)) and compiles(asked, torch.device(kind))
+    assert not compiles(dataclasses.replace(settings, compile="off"), processes.device)
 
 
 def test_auto_takes_bf16_where_products_are_bf16(monkeypatch, source):

@@ -1,6 +1,7 @@
 """A run that learns from a teacher: what must be the same however it is cut or split, what it costs, what is refused."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -36,8 +37,8 @@ def test_a_taught_run_resumes_to_the_bit_and_keeps_its_teacher(tmp_path, data_di
     shutil.rmtree(tmp_path / "resumed" / "step_0000006")
     resumed = dataclasses.replace(whole, out_dir=str(tmp_path / "resumed"), resume=True)
     other = teacher_folder(tmp_path / "other", seed=8)
-    for changes in (dict(teacher=other), dict(kd_weight=0.5)):
-        (name, value), = changes.items()
+    for changes in (dict(teacher=other), dict(teacher="", kd_weight=1.0), dict(kd_weight=0.5)):
+        name, value = next(iter(changes.items()))
         line = refusal(stage, flags(dataclasses.replace(resumed, **changes)), monkeypatch, capsys)
         assert f"was begun with {name} = " in line and f"not {value!r}; a resumed run must keep that" in line
     main(resumed)
@@ -66,6 +67,17 @@ def test_a_teacher_that_weighs_nothing_changes_nothing(tmp_path, data_dir, sourc
         pretrain_main(make(data_dir, tmp_path / name, source, **changes))
     same_files(tmp_path / "without" / "step_0000006", tmp_path / "nothing" / "step_0000006")
     assert without_speed(tmp_path / "without") == without_speed(tmp_path / "nothing")
+
+
+def test_what_a_teacher_would_weigh_binds_no_run_without_one(tmp_path, data_dir, source):
+    """The default was another once."""
+    main, make = STAGES["pretrain"]
+    main(make(data_dir, tmp_path / "out", source, max_steps=4, save_interval=2))
+    shutil.rmtree(tmp_path / "out" / "step_0000004")
+    begun = tmp_path / "out" / "config.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"kd_weight": 0.5}))
+    main(make(data_dir, tmp_path / "out", source, max_steps=4, save_interval=2, resume=True))
+    assert (tmp_path / "out" / "step_0000004").is_dir()
 
 
 def test_a_run_teaches_with_its_newest_checkpoint(tmp_path, data_dir, source, teacher, pruned, monkeypatch, capsys):

@@ -26,3 +26,21 @@ def test_text_that_is_half_there_never_has_its_name(tmp_path, monkeypatch):
     found = {p.parent.name: [json.loads(line)["text"] for line in p.open()] for p in (tmp_path / "out").glob("raw/*/*")}
     assert found == {"cpp": ["*.h 0", "*.h 1"], "docs": ["docs 0", "docs 1"], "plays": ["plays 0", "plays 1"],
                      "python": ["*.py 0", "*.py 1"], "wiki": ["wiki 0"]}
+
+
+def test_text_goes_to_another_folder_and_as_much_as_is_asked(tmp_path, monkeypatch):
+    for name in ("docs", "plays", "wiki"):
+        monkeypatch.setattr(demo, name, lambda: iter(["ten bytes."] * 9))
+    monkeypatch.setattr(demo, "files", lambda folder, pattern: iter(["ten bytes."] * 9))
+
+    def gather(*arguments):
+        monkeypatch.setattr("sys.argv", ["demo.py", "gather", *map(str, arguments)])
+        demo.main()
+
+    gather(tmp_path / "raw", "3_0")
+    assert [len(p.read_text().splitlines()) for p in tmp_path.glob("raw/*/*")] == [4] * 5  # 30 bytes, and one
+    for wrong, words in (((tmp_path / "raw", 30), "a folder that is not there yet"), ((tmp_path / "new", "many"), "many"),
+                         ((tmp_path / "new",), "unknown arguments")):
+        with pytest.raises(SystemExit, match=words):
+            gather(*wrong)
+    assert not (tmp_path / "new").exists()

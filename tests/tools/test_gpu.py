@@ -46,6 +46,25 @@ def test_a_check_that_fails_keeps_no_other_from_running(monkeypatch):
     assert failed == 1 and lines[2:] == ["| a | **failed**: RuntimeError: CUDA error: whatever |", "| b | 1e-9 |"]
 
 
+def test_parts_are_named_and_one_alone_replaces_no_report():
+    with pytest.raises(ValueError, match="parts has 'bensh', which is not checks, bench or pipeline"):
+        gpu_check.GpuSettings(parts="checks,bensh", out="x.md")
+    with pytest.raises(ValueError, match=r"parts = checks alone would replace docs/gpu\.md; give another --out"):
+        gpu_check.GpuSettings(parts="checks")
+    assert gpu_check.GpuSettings(parts="checks,pipeline,bench").out == "docs/gpu.md"
+
+
+def test_a_step_that_has_not_the_memory_is_a_row_of_the_report(monkeypatch):
+    found = {"hf": None, "masked": dict(tokens=5000.0, mfu=0.4, bytes=4.5e10),
+             "dense": dict(tokens=6e3, mfu=0.5, bytes=4.5e10)}
+    monkeypatch.setattr(gpu_check, "in_new_process", lambda function, cfg: found[cfg.variants[0]])
+    monkeypatch.setattr(gpu_check, "planned_bytes", lambda cfg: 4.4e10)
+    monkeypatch.setattr(gpu_check, "SIZES", {"1.3B": gpu_check.SIZES["1.3B"]})
+    lines = gpu_check.run_bench(rounds=1)
+    assert "| 1.3B | transformers, compiled | out of memory | | | |" in lines
+    assert "| 1.3B | masked, compiled | 5,000 | 40.0% | 45.0 | 44.0 |" in lines and lines[-3].endswith("met")
+
+
 def test_goals_are_held_against_what_was_measured():
     def step(tokens, mfu, size, planned):
         return dict(tokens=tokens, mfu=mfu, bytes=size, planned=planned)
