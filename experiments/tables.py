@@ -42,7 +42,8 @@ def by_way(ladder: str) -> dict[str, dict[int, dict]]:
 def ordered(ladder: str, ways: list[str]) -> tuple[list[str], list[str]]:
     """Of these ways, those that were run, by their loss at the end, and what to say of the others."""
     cells = by_way(ladder)
-    order = sorted(cells.keys() & ways, key=lambda way: sum(v["loss"] for v in cells[way].values()) / len(cells[way]))
+    means = {way: sum(v["loss"] for v in cells[way].values()) / len(cells[way]) for way in cells.keys() & ways}
+    order = sorted(means, key=lambda way: (means[way], way))
     missing = [way for way in ways if way not in cells]
     return order, ["", f"Not run: {', '.join(missing)}."] if missing else []
 
