@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from l0 import L0, class_of, mask_sets, undecided
 from model import ModelConfig, Transformer, layer_masks, parameter_shapes
 from run.checkpoint import read_state
-from run.settings import FilePath, check, run_stage, user_errors
+from run.settings import FilePath, UserError, began_with, check, run_stage, user_errors
 from run.weights import (check_finite, load_weights, new_folder, newest_in, one_thread, read_model_config,
                          tensor_names, tensor_reader, verified, write_assets, write_tensors)
 
@@ -183,11 +183,11 @@ def report(masks: dict[str, Tensor], cfg: ModelConfig, *, sampled: bool) -> None
         print(f"{name}: {int((z > 0).sum())} of {z.numel()} units kept{sure}")
 
 
-def planned_steps(path: Path) -> int:
-    """max_steps of a run's config.json; 0 where there is none, or it does not say."""
+def planned_steps(folder: Path) -> int:
+    """max_steps of the run in this folder; 0 where there is none, or it does not say."""
     try:
-        steps = json.loads(path.read_text())["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError):  # of no weight: the checkpoint has all that a cut needs
+        steps = began_with(str(folder)).get("max_steps")
+    except UserError:  # of no weight: the checkpoint has all that a cut needs
         return 0
     return steps if type(steps) is int else 0
 
@@ -199,7 +199,7 @@ def main(cfg: CompactSettings) -> None:
     check(not Path(cfg.out_dir).exists(), f"out_dir = {cfg.out_dir} exists already; remove it or choose another name")
     check((folder / "masks.safetensors").is_file(), f"{folder} is no checkpoint of prune.py: it has no masks.safetensors")
     state = read_state(folder)
-    steps = planned_steps(folder.parent / "config.json")
+    steps = planned_steps(folder.parent)
     if state.step < steps:
         print(f"note: this is step {state.step} of the {steps} that the run was begun for")
     source = read_model_config(folder, ModelConfig)

@@ -356,20 +356,18 @@ def layer_and_rest(shape) -> tuple[float, float]:
 def of_student(shape, sets: dict, cfg: TrainSettings, parts: Parts, devices: int,
                checkpointing: str) -> tuple[dict[str, float], StepCost]:
     """`per_device` but for the teacher."""
-    half, compiled = is_half(cfg), is_compiled(cfg) and checkpointing != "full"
-    if compiled:  # whatever was asked for: see compile_layers
-        checkpointing = "selective"
-    if cfg.parallel == "ddp" or devices == 1:
-        stay = devices > 1 or cfg.global_batch_size > cfg.micro_batch_size
-        m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=stay)
-        m = as_compiled(m, shape, cfg, half) if compiled else m
+    half, sharded = is_half(cfg), cfg.parallel == "fsdp" and devices > 1
+    compiled = is_compiled(cfg) and checkpointing != "full"  # none is then what selective is: see compile_layers
+    m = step_cost(shape, sets, cfg, parts, half=half, checkpointing="selective" if compiled else checkpointing,
+                  gradients_stay=devices > 1 or cfg.global_batch_size > cfg.micro_batch_size,
+                  dtype=compute_dtype(half) if sharded else torch.float32)
+    if compiled:
+        m = as_compiled(m, shape, cfg, half)
+    if not sharded:
         return {"weights": m.weights, "gradients": m.gradients, "optimizer": m.optimizer, "gathered": 0,
                 "activations": m.activations, "peak": max(m.peak, m.evaluation_peak)}, m
     # FSDP: weights come whole in the dtype of autocast, two layers (one computing, one on its way) with embedding and head;
     # one gradient is whole in fp32.  What a step of one device needs beside weights, gradients and state is not shared.
-    m = step_cost(shape, sets, cfg, parts, half=half, checkpointing=checkpointing, gradients_stay=True,
-                  dtype=compute_dtype(half))
-    m = as_compiled(m, shape, cfg, half) if compiled else m
     layer, rest = layer_and_rest(shape)
     share, trained = 4 * shape.n_params() / devices, not parts.frozen
     fixed = {"weights": share, "gradients": share * trained, "optimizer": 2 * share * trained,

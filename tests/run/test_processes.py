@@ -27,7 +27,8 @@ def graphs(monkeypatch):
     made, run = [], []
 
     def compiler(module: torch.fx.GraphModule, example: list):
-        products = sum(getattr(node.target, "__name__", "").split(".")[0] in ("mm", "addmm") for node in module.graph.nodes)
+        products = sum(getattr(node.target, "__name__", "").split(".")[0] in ("mm", "addmm", "bmm")
+                       for node in module.graph.nodes)
         made.append(products)
 
         def call(arguments: list):
@@ -75,6 +76,8 @@ def test_every_product_of_every_layer_is_in_one_shared_graph(graphs, group, mask
         loss.backward()
         losses.append(float(loss.detach()))
     forward, backward = 7, 14  # a product for each weight, two for its gradients
+    if torch.__version__.startswith("2.7."):  # whose compiler takes grouped attention apart
+        forward, backward = 9, 18
     assert made == [forward, backward]
     assert sum(run) == LAYERS * (backward + forward * (2 if checkpointing == "full" else 1))
     with torch.no_grad(), processes.autocast():
